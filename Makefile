@@ -1,0 +1,64 @@
+# Everything here starts from a bare Python (>= 3.11, with pip and venv): each target makes the environment it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+OUTPUT ?= build/pocket-molae
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help venv quickstart test test-all docs bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   compress the example model and verify the result, in build/pocket-molae"
+	@echo "make venv         the environment with all extras, in .venv"
+	@echo "make test         lint, types, fast tests, documentation, quickstart"
+	@echo "make test-all     the same with the slow tests"
+	@echo "make docs         the documentation, in build/site"
+	@echo "make bench        every benchmark, one after another"
+	@echo "make clean        removes what the targets above made, the environment included"
+
+# Two stamps in one environment: `core` is enough to compress a model, `all` has every extra.
+$(VENV)/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing molae-compress and its dependencies into $(VENV) (1.2 GB with a CPU build of torch)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/all: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing molae-compress with all extras into $(VENV) (2.4 GB with a CPU build of torch)"
+	$(PIP) --editable '.[all]'
+	@touch $(VENV)/core $@
+
+venv: $(VENV)/all
+
+quickstart: $(VENV)/core
+	$(BIN)/molae-compress apply recipes/quickstart.yaml --output $(OUTPUT)
+	$(BIN)/molae-compress verify $(OUTPUT)
+
+# One thread per test process: two processes share two cores better than four threads do.
+define check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(1)
+	$(BIN)/mkdocs build --strict
+	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(MAKE) --no-print-directory quickstart OUTPUT="$$dir/pocket-molae"
+endef
+
+test: $(VENV)/all
+	$(call check)
+
+test-all: $(VENV)/all
+	$(call check,-m 'not gpu')
+
+docs: $(VENV)/all
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/all
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find molae_compress tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""A model without weights: its modules on the meta device, filled and emptied one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from molae_compress.errors import ModelError
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ModelError: there is none, transformers does not know its model type, or it needs code from the folder and
+            `trust_remote_code` is off.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"'{folder}' has no config.json.", remedy="Give the folder of a Hugging Face model.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not valid JSON ({error}).", remedy="Fetch the file again.") from error
+    if "auto_map" in content and not trust_remote_code:
+        raise ModelError(
+            f"The model in '{folder}' brings its own code ({content['auto_map']}).",
+            why="Code from a model folder runs with your rights.",
+            remedy="Read that code, then allow it with --trust-remote-code.",
+        )
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"The configuration '{path}' cannot be used ({error}).",
+            remedy="Check `model_type`; a newer transformers may be needed.",
+        ) from error
+
+
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of `config` in evaluation mode, parameters float32 on meta, other buffers on the CPU."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"No causal language model class belongs to model type '{config.model_type}'.",
+            why=str(error).split("\n")[0],
+            remedy="Compress a model that AutoModelForCausalLM loads.",
+        ) from error
+    model = cast(PreTrainedModel, model.eval().requires_grad_(False))
+    _fill_computed_buffers(model)
+    return model
+
+
+def _fill_computed_buffers(model: PreTrainedModel) -> None:
+    """Rotary tables and the like are in no checkpoint: made as `from_pretrained` makes them, by the model's own code."""
+    for module in model.modules():
+        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in computed:
+            module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
+        if computed:
+            model._init_weights(module)
+
+
+def fill_(root: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Gives parameters and buffers of `root` their values, by full name, in the types the model declares."""
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        module = root.get_submodule(parent)
+        held: Any = module._parameters if leaf in module._parameters else module._buffers
+        dtype = held[leaf].dtype if tensor.is_floating_point() else tensor.dtype
+        value = tensor.to(device=device, dtype=dtype)
+        held[leaf] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
+
+
+def empty_(module: nn.Module) -> None:
+    """Sends parameters and persistent buffers back to the meta device."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                part._buffers[name] = buffer.to("meta")

@@ -1,0 +1,309 @@
+"""A recipe applied to a checkpoint on disk: plan it, run it, write the artifact and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from transformers import AutoTokenizer
+
+from molae_compress.artifact import check_names, is_artifact, write_companions, write_weights
+from molae_compress.budget import Shapes, shapes_for
+from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
+from molae_compress.checkpoint import (
+    WorkDirectory,
+    check_free_space,
+    check_output_folder,
+    publish,
+    write_file,
+)
+from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
+from molae_compress.errors import DataError, QualityGateError, RecipeError, ResumeError
+from molae_compress.evaluation import Evaluation, evaluate
+from molae_compress.modeling.quantizer import installed_version
+from molae_compress.planning import Plan, make_plan
+from molae_compress.recipe import Recipe
+from molae_compress.report import CalibrationReport, Report, installed_versions, model_card, warnings_for
+from molae_compress.source import DiskSource, choose_device
+from molae_compress.stream import STAGE as HIDDEN
+
+
+def plan(
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    *,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `run` would do, from the model's config and the headers of its files alone.
+
+    Raises:
+        RecipeError, ModelError, CheckpointError: whatever `run` would refuse before it reads a weight.
+    """
+    job = _Job.open(Recipe.load(recipe), device, max_memory, trust_remote_code)
+    return job.plan(job.expected_shapes(), measured=not job.run.needs_spectra())
+
+
+def run(
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    out: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compresses a checkpoint into an artifact folder, one layer in memory at a time.
+
+    Killed at any moment, the same call goes on after the last finished layer and ends with the same files.
+
+    Args:
+        recipe: what to do; must name a model.
+        out: folder to write; it appears when it is complete.
+        work_dir: where finished layers and measured spectra are kept meanwhile; `<out>.work` by default, removed at the
+            end. One given here is kept, without the layers, so that another budget needs no new measurement.
+        fresh: start over instead of resuming, and replace an artifact at `out`.
+        device: `auto`, `cpu`, `cuda` or another torch device.
+        max_memory: bytes of calibration activations that may stay in memory; half of what is free by default.
+        trust_remote_code: allow code from the model folder.
+        progress: called with a stage, what is done of it, and of how much.
+
+    Returns:
+        the report that also lies in the folder.
+
+    Raises:
+        MolaeError: see `molae_compress.errors`; nothing that looks finished is left behind.
+        QualityGateError: the artifact is complete but fails the recipe's gate.
+    """
+    started, out = time.monotonic(), Path(out)
+    recipe, progress = Recipe.load(recipe), progress or silent
+    check_output_folder(out, ours=is_artifact)
+    if not fresh and is_artifact(out):
+        return _finished(out, recipe)
+    job = _Job.open(recipe, device, max_memory, trust_remote_code)
+    job.run.progress = progress
+    expected = job.expected_shapes()
+    check_names(job.source, expected)
+    job.read_calibration()
+    check_free_space(out.parent, job.plan(expected, measured=False).disk_bytes, "the run")
+    path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
+    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
+        job.run.work = work
+        with job.timed("observe"):
+            shapes = job.run.shapes(job.copied_bytes())
+        final = job.plan(shapes, measured=True)
+        with job.timed("solve"):
+            job.run.solve_layers(shapes)
+        staging = path / "artifact"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        with job.timed("write"):
+            progress("write", 0, 1)
+            shards = write_weights(staging, job.source, shapes, work, SOLVE, recipe)
+            assert shards.total_size == final.artifact_bytes, (shards.total_size, final.artifact_bytes)
+            write_companions(staging, job.source, shapes, recipe)
+            progress("write", 1, 1)
+        with job.timed("evaluate"):
+            evaluation = job.evaluation(staging, progress)
+        job.timings["total"] = time.monotonic() - started
+        report = job.report(final, shapes, evaluation, {file.name: file.sha256 for file in shards.files})
+        base_card = job.source.folder / "README.md"
+        base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
+        write_file(staging / "README.md", model_card(report, base_text).encode())
+        report.save(staging)
+        if is_artifact(out):
+            shutil.rmtree(out)
+        publish(staging, out)
+        if work_dir is None:
+            work.remove()
+        else:
+            work.discard(SOLVE)
+    _check_gate(recipe, report)
+    return report
+
+
+@dataclass
+class _Job:
+    """A recipe, the checkpoint it names, and what is read before the first layer."""
+
+    recipe: Recipe
+    source: DiskSource
+    run: Run
+    trust_remote_code: bool
+    data_sha256: str = ""
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Recipe, device: str, max_memory: int | None, trust_remote_code: bool) -> _Job:
+        if recipe.model is None:
+            raise RecipeError("The recipe names no model.", remedy="Add `model:`, or use compress_ on a model in memory.")
+        source = DiskSource.open(
+            recipe.model,
+            revision=recipe.revision,
+            device=choose_device(device),
+            trust_remote_code=trust_remote_code,
+        )
+        limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
+        return cls(recipe, source, Run(recipe, source, None, memory_limit=limit), trust_remote_code)
+
+    def read_calibration(self) -> None:
+        """Reads and tokenises the calibration text, if the recipe asks for any."""
+        calibration = self.recipe.calibration
+        if calibration is None:
+            return
+        if calibration.data is None:
+            raise DataError("`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out.")
+        texts = read_texts(calibration.data, calibration.column)
+        tokenizer = AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=self.trust_remote_code)
+        self.run.windows_NL = token_windows(
+            texts,
+            tokenizer,
+            samples=calibration.samples,
+            sequence_length=calibration.sequence_length,
+            seed=calibration.seed,
+        )
+        self.data_sha256 = data_fingerprint(texts)
+
+    def expected_shapes(self) -> Shapes:
+        """Shapes known before anything is measured: final ones, or those of a uniform budget."""
+        dtypes = {spec.name: self.run.dtype(spec) for spec in self.run.specs}
+        return shapes_for(self.recipe, self.run.specs, dtypes=dtypes, copied_bytes=self.copied_bytes())
+
+    def copied_bytes(self) -> int:
+        """Bytes of the checkpoint that no experts module of the recipe replaces."""
+        replaced = {key for spec in self.run.specs for key in self.source.keys.sources_of(spec.name)}
+        return sum(entry.nbytes for key, entry in self.source.checkpoint.entries.items() if key not in replaced)
+
+    def plan(self, shapes: Shapes, *, measured: bool) -> Plan:
+        """Adds up what the shapes mean for this checkpoint."""
+        source, calibration = self.source, self.recipe.calibration
+        tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
+        if self.run.windows_NL is not None:
+            tokens = self.run.windows_NL.numel()
+        experts = tuple(f"{spec.name}." for spec in source.specs)
+        by_layer: dict[str, int] = {}
+        for name, tensor in source.model.state_dict().items():
+            if name.startswith(f"{source.layers_path}.") and not name.startswith(experts):
+                layer = name.removeprefix(f"{source.layers_path}.").split(".")[0]
+                by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
+        return make_plan(
+            str(self.recipe.model),
+            source.specs,
+            shapes,
+            dense_dtypes={spec.name: source.dtype(spec) for spec in source.specs},
+            dtypes={spec.name: self.run.dtype(spec) for spec in source.specs},
+            source_bytes=sum(entry.nbytes for entry in source.checkpoint.entries.values()),
+            largest_layer_bytes=max(by_layer.values()),
+            tokens=tokens,
+            measured=measured,
+        )
+
+    def stage_inputs(self) -> dict[str, dict[str, str]]:
+        """Everything the items of each stage follow from, for the work directory."""
+        config = (self.source.folder / "config.json").read_bytes()
+        base = {
+            "source": self.source.checkpoint.fingerprint(),
+            "config": hashlib.sha256(config).hexdigest(),
+            "calibration text": self.data_sha256,
+            "molae_compress": installed_version(),
+        }
+        keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
+        keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
+        observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "output"))}
+        observed |= {"refit.shrinkage": keys["refit.shrinkage"]}
+        return {OBSERVE: base | observed, SOLVE: base | keys, HIDDEN: base | (keys if self.recipe.refit.sequential else observed)}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time of a stage to the timings."""
+        started = time.monotonic()
+        yield
+        self.timings[stage] = time.monotonic() - started
+
+    def evaluation(self, folder: Path, progress: Progress) -> Evaluation | None:
+        """Compares original and result on the recipe's text, if it names any."""
+        section = self.recipe.evaluate
+        if section is None:
+            return None
+        return evaluate(
+            folder,
+            data=section.data,
+            against=str(self.source.folder),
+            column=section.column,
+            samples=section.samples,
+            sequence_length=section.sequence_length,
+            batch_size=section.batch_size,
+            device=str(self.source.device),
+            trust_remote_code=self.trust_remote_code,
+            progress=progress,
+        )
+
+    def report(self, plan: Plan, shapes: Shapes, evaluation: Evaluation | None, files: dict[str, str]) -> Report:
+        """Everything that was done and measured."""
+        calibration = self.recipe.calibration
+        used = None
+        if self.run.windows_NL is not None and calibration is not None:
+            windows, length = self.run.windows_NL.shape
+            used = CalibrationReport(windows * length, windows, self.data_sha256, calibration.data or ())
+        layers = self.run.layer_reports(shapes)
+        return Report(
+            model=str(self.recipe.model),
+            recipe=yaml.safe_load(self.recipe.dump()),
+            recipe_fingerprint=self.recipe.fingerprint(),
+            plan=plan.to_dict(),
+            layers=layers,
+            calibration=used,
+            evaluation=evaluation.to_dict() if evaluation is not None else None,
+            warnings=warnings_for(layers, used, samples=calibration.samples if calibration is not None else None),
+            versions=installed_versions(),
+            timings={stage: round(seconds, 3) for stage, seconds in self.timings.items()},
+            files=files,
+            source={"fingerprint": self.source.checkpoint.fingerprint(), "bytes": plan.source_bytes},
+            artifact={"bytes": plan.artifact_bytes},
+        )
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix, json.dumps(value)
+
+
+def _finished(out: Path, recipe: Recipe) -> Report:
+    """The report of an artifact that is already there, if it is the one this recipe makes."""
+    report = Report.load(out)
+    if report.recipe_fingerprint == recipe.fingerprint():
+        return report
+    differences = recipe.differences(Recipe.load(report.recipe))
+    raise ResumeError(
+        f"'{out}' holds an artifact of another recipe: {'; '.join(differences)} (now -> there).",
+        why="Replacing it silently would lose it.",
+        remedy="Use --fresh to replace it, or another --output.",
+    )
+
+
+def _check_gate(recipe: Recipe, report: Report) -> None:
+    found = report.evaluation or {}
+    limits = {"max_kl": found.get("kl")}
+    if found.get("original_perplexity"):
+        limits["max_perplexity_ratio"] = found["perplexity"] / found["original_perplexity"]
+    for key, value in limits.items():
+        limit = getattr(recipe.gate, key)
+        if limit is not None and value is not None and value > limit:
+            raise QualityGateError(
+                f"`gate.{key}: {limit}` failed: the result has {value:.4g}.",
+                remedy="The artifact is complete and verified; raise the budget, or the limit.",
+            )

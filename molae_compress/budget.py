@@ -1,0 +1,266 @@
+"""From a recipe's budget to a shape for every experts module: by measured spectra if there are any, else the same share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from molae_compress.errors import RecipeError
+from molae_compress.recipe import Recipe
+from molae_compress.solver.allocate import Curve, allocate, tail_errors
+from molae_compress.solver.layer import LayerSpectra
+from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
+
+_ALIGN = {"quality": 8, "serving": 64}
+_STEPS = 16  # an automatic alignment leaves at least this many ranks to choose from
+
+Shapes = dict[str, LatentShape | None]  # module name -> shape, None where the layer stays dense
+
+
+def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
+    """Form, groups, branches and storage that a recipe means for a module; its ranks are placeholders.
+
+    Raises:
+        RecipeError: a group size that does not divide the experts.
+    """
+    basis = recipe.basis
+    serving = basis.profile == "serving"
+    even = 2 if spec.num_experts % 2 == 0 else 1
+    paper = max(size for size in range(1, 5) if spec.num_experts % size == 0)
+    auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else even
+    auto_out = spec.num_experts if serving or basis.output == "combined" else 1
+    storage = basis.storage
+    if storage == "auto":
+        storage = "orthonormal" if serving or recipe.method == "paper" else "interpolative"
+    return LatentShape(
+        form="layer" if serving else "grouped",
+        rank_in=1,
+        rank_out=None if basis.down == "dense" else 1,
+        input_group=_group(basis.experts_per_input_group, auto_in, "input", spec),
+        output_group=_group(basis.experts_per_output_group, auto_out, "output", spec),
+        gate_up="joint" if not spec.has_gate else basis.gate_up,
+        storage=storage,
+    )
+
+
+def _group(asked: int | str, auto: int, side: str, spec: ExpertsSpec) -> int:
+    size = auto if asked == "auto" else spec.num_experts if asked == "all" else int(asked)
+    if spec.num_experts % size:
+        divisors = [str(d) for d in range(1, spec.num_experts + 1) if spec.num_experts % d == 0]
+        raise RecipeError(
+            f"`basis.experts_per_{side}_group: {size}` does not divide the {spec.num_experts} experts of '{spec.name}'.",
+            remedy=f"Use one of {', '.join(divisors)}.",
+        )
+    return size
+
+
+def full_ranks(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
+    """Smallest ranks (input, output) at which the shape can hold any weights exactly."""
+    rows = spec.rows if shape.gate_up == "joint" else spec.intermediate
+    full_in = min(shape.input_group * rows, spec.hidden)
+    full_out = min(shape.output_group * spec.intermediate, spec.hidden)
+    return (spec.hidden, spec.hidden) if shape.form == "layer" else (full_in, full_out)
+
+
+def _sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> tuple[int, int, int]:
+    """Stored size of the input side, of the output side, and of what no rank changes; in numbers, or bytes of `dtype`."""
+    sides = [0, 0, 0]
+    for name, size in shape.tensors(spec).items():
+        amount = torch.Size(size).numel()
+        if dtype is not None:
+            amount *= (PIVOT_DTYPE if name.endswith(".pivots") else dtype).itemsize
+        output = name.startswith(("decode.", "core.down"))
+        fixed = "bias" in name or (output and shape.rank_out is None)
+        sides[2 if fixed else 1 if output else 0] += amount
+    return sides[0], sides[1], sides[2]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One experts module while ranks are being chosen: sizes in numbers, or in bytes if `dtype` is given."""
+
+    spec: ExpertsSpec
+    shape: LatentShape
+    dtype: torch.dtype | None
+
+    def sizes(self, rank: int) -> tuple[int, int, int]:
+        """Input side, output side and fixed part at one rank on both sides."""
+        ranked = replace(self.shape, rank_in=rank, rank_out=None if self.shape.rank_out is None else rank)
+        return _sizes(self.spec, ranked, self.dtype)
+
+    @property
+    def dense(self) -> tuple[int, int]:
+        """Size of the dense projections that compete for the budget: first, second (0 if it stays dense anyway)."""
+        unit = 1 if self.dtype is None else self.dtype.itemsize
+        stack = self.spec.num_experts * self.spec.hidden * unit
+        return stack * self.spec.rows, 0 if self.shape.rank_out is None else stack * self.spec.intermediate
+
+    def curve(self, side: int, ranks: Sequence[int], errors: Sequence[float]) -> Curve:
+        """Ranks of one side that cost less than its dense projection, and the first of them in any case."""
+        costs = [self.sizes(rank)[side] for rank in ranks]
+        count = max(1, sum(cost < self.dense[side] for cost in costs))
+        return Curve(tuple(ranks[:count]), tuple(costs[:count]), tuple(errors[:count]))
+
+
+def shapes_for(
+    recipe: Recipe,
+    specs: Sequence[ExpertsSpec],
+    *,
+    dtypes: Mapping[str, torch.dtype],
+    copied_bytes: int = 0,
+    spectra: Mapping[str, LayerSpectra] | None = None,
+) -> Shapes:
+    """Ranks for every module under the recipe's budget.
+
+    Args:
+        specs: the modules to compress.
+        dtypes: stored precision of the latent tensors, by module name.
+        copied_bytes: bytes of everything that is copied, for `budget.target_size`.
+        spectra: measured energies by module; without them every module and side keeps the same share.
+
+    Raises:
+        RecipeError: a rank that does not fit or does not save anything, a budget too small for rank 1.
+    """
+    budget = recipe.budget
+    if budget.rank is not None:
+        return {spec.name: _fixed_rank(spec, template(recipe, spec), budget.rank) for spec in specs}
+    in_bytes = budget.target_size is not None
+    modules = [_Module(spec, template(recipe, spec), dtypes[spec.name] if in_bytes else None) for spec in specs]
+    if budget.target_size is not None:
+        amount = budget.target_size - copied_bytes
+    else:
+        amount = int((budget.keep or 0.6) * sum(spec.dense_numel for spec in specs))
+    amount -= sum(module.sizes(1)[2] for module in modules)
+    if spectra is None or budget.allocate == "uniform":
+        ranks = _uniform(recipe, modules, amount)
+    else:
+        ranks = _by_spectrum(recipe, modules, [spectra[spec.name] for spec in specs], amount)
+    if ranks is None:
+        raise RecipeError(
+            f"`budget.{f'target_size: {budget.target_size}' if in_bytes else f'keep: {budget.keep}'}` is too small: "
+            "even the lowest ranks do not fit.",
+            why="Copied tensors, biases and a down projection left dense count too." if amount <= 0 else "",
+            remedy="Raise the budget, or lower `budget.align`.",
+        )
+    return {
+        module.spec.name: _or_dense(module.spec, replace(module.shape, rank_in=rank_in, rank_out=rank_out))
+        for module, (rank_in, rank_out) in zip(modules, ranks, strict=True)
+    }
+
+
+def _or_dense(spec: ExpertsSpec, shape: LatentShape) -> LatentShape | None:
+    return shape if shape.numel(spec) < spec.dense_numel else None
+
+
+def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> LatentShape:
+    full_in, full_out = full_ranks(spec, shape)
+    if rank == "full":
+        return replace(shape, rank_in=full_in, rank_out=None if shape.rank_out is None else full_out)
+    rank = int(rank)
+    fixed = replace(shape, rank_in=min(rank, full_in), rank_out=None if shape.rank_out is None else min(rank, full_out))
+    if rank > max(full_in, full_out) or fixed.numel(spec) >= spec.dense_numel:
+        raise RecipeError(
+            f"`budget.rank: {rank}` would make '{spec.name}' larger: {fixed.numel(spec):,} numbers instead of "
+            f"{spec.dense_numel:,}, at most rank {full_in} on the input side and {full_out} on the output side.",
+            remedy="Use a lower rank, or share bases over larger groups of experts.",
+        )
+    return fixed
+
+
+def _ranks(recipe: Recipe, module: _Module) -> tuple[list[int], list[int]]:
+    """Ranks that may be chosen on either side: multiples of the alignment, up to what holds any weights."""
+    align = recipe.budget.align
+    if align == "auto":
+        align = _ALIGN[recipe.basis.profile]
+        while align > 1 and module.spec.hidden < _STEPS * align:
+            align //= 2
+    full_in, full_out = full_ranks(module.spec, module.shape)
+    return list(range(align, full_in + 1, align)) or [full_in], list(range(align, full_out + 1, align)) or [full_out]
+
+
+def _uniform(recipe: Recipe, modules: Sequence[_Module], amount: int) -> list[tuple[int, int | None]] | None:
+    """The highest ranks at which every side keeps at most one common share of its dense size.
+
+    Ranks come in steps, so the share that spends the budget lies a little above the budget's own; found by bisection.
+    """
+    low, high = 0.0, 1.0
+    best: list[tuple[int, int | None]] | None = None
+    for _ in range(30):
+        share = (low + high) / 2
+        pairs = [_at_share(recipe, module, share) for module in modules]
+        total = sum(
+            module.sizes(pair[0])[0] + (module.sizes(pair[1])[1] if pair[1] is not None else 0)
+            for module, pair in zip(modules, pairs, strict=True)
+            if pair is not None
+        )
+        if total <= amount:
+            low = share
+            complete = [pair for pair in pairs if pair is not None]
+            best = complete if len(complete) == len(pairs) else best
+        else:
+            high = share
+    return best
+
+
+def _at_share(recipe: Recipe, module: _Module, share: float) -> tuple[int, int | None] | None:
+    """Highest ranks of one module within a share of its dense size; None if the lowest rank is too large already."""
+    ranks_in, ranks_out = _ranks(recipe, module)
+    if module.shape.form == "layer":
+        rank = max((r for r in ranks_in if sum(module.sizes(r)[:2]) <= share * sum(module.dense)), default=None)
+        return None if rank is None else (rank, rank)
+    rank_in = max((r for r in ranks_in if module.sizes(r)[0] <= share * module.dense[0]), default=None)
+    rank_out = max((r for r in ranks_out if module.sizes(r)[1] <= share * module.dense[1]), default=None)
+    if rank_in is None or (rank_out is None and module.shape.rank_out is not None):
+        return None
+    return rank_in, rank_out if module.shape.rank_out is not None else None
+
+
+def _by_spectrum(
+    recipe: Recipe, modules: Sequence[_Module], spectra: Sequence[LayerSpectra], amount: int
+) -> list[tuple[int, int | None]] | None:
+    """Water-filling over all modules and sides, every curve in one unit of error."""
+    curves: list[Curve] = []
+    for module, found in zip(modules, spectra, strict=True):
+        ranks_in, ranks_out = _ranks(recipe, module)
+        errors_in, errors_out = _errors(recipe, found, ranks_in, ranks_out)
+        if module.shape.form == "layer":
+            sizes = [sum(module.sizes(rank)[:2]) for rank in ranks_in]
+            count = max(1, sum(size < sum(module.dense) for size in sizes))
+            both = [a + b for a, b in zip(errors_in, errors_out, strict=True)]
+            curves.append(Curve(tuple(ranks_in[:count]), tuple(sizes[:count]), tuple(both[:count])))
+            continue
+        curves.append(module.curve(0, ranks_in, errors_in))
+        if module.shape.rank_out is not None:
+            curves.append(module.curve(1, ranks_out, errors_out))
+    picks = allocate(curves, amount)
+    if picks is None:
+        return None
+    chosen = iter(curve.ranks[pick] for curve, pick in zip(curves, picks, strict=True))
+    pairs: list[tuple[int, int | None]] = []
+    for module in modules:
+        rank = next(chosen)
+        output = rank if module.shape.form == "layer" else None if module.shape.rank_out is None else next(chosen)
+        pairs.append((rank, output))
+    return pairs
+
+
+def _errors(
+    recipe: Recipe, spectra: LayerSpectra, ranks_in: Sequence[int], ranks_out: Sequence[int]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Error of each rank on both sides in one unit.
+
+    Calibrated and two-sided, both already are the layer's err_h. An input-side error measured before the activation is
+    not comparable, and without calibration neither are layers: then errors count relative to the layer's output.
+    """
+    output = float(spectra.output_GM.sum())
+    scale_in = scale_out = 1.0
+    if recipe.calibration is None:
+        scale_in = scale_out = 1.0 / max(output, 1e-300)
+    if recipe.basis.metric == "input":
+        scale_in = scale_out * output / max(sum(float(part.sum()) for part in spectra.input_GM), 1e-300)
+    parts = [tail_errors(part, ranks_in) for part in spectra.input_GM]
+    return [scale_in * sum(each) for each in zip(*parts, strict=True)], [
+        scale_out * error for error in tail_errors(spectra.output_GM, ranks_out)
+    ]

@@ -1,0 +1,73 @@
+"""Results as plain text, for people: aligned columns that survive a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from molae_compress import Evaluation, Report, Verification
+    from molae_compress.inspection import Inspection
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
+    """Lines of aligned columns; those numbered in `right` are aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def show_inspection(found: Inspection) -> None:
+    """What was found in a model."""
+    click.echo(f"{found.model}: {found.model_class} ({found.model_type})\n")
+    rows = [("routed experts", "", "class", "experts", "used", "hidden", "inner", "parameters")]
+    for pattern, members in found.by_pattern().items():
+        spec = members[0].spec
+        sizes = (spec.num_experts, spec.top_k, spec.hidden, spec.intermediate, sum(m.spec.dense_numel for m in members))
+        rows.append((pattern, f"x{len(members)}", members[0].class_name, *(f"{size:,}" for size in sizes)))
+    for line in columns(rows, right=(1, 3, 4, 5, 6, 7)):
+        click.echo(line)
+    click.echo(f"found by: {found.rule}\n")
+    rows = [("left as they are", "", "parameters")]
+    rows += [(part.name, f"x{part.modules}", f"{part.parameters:,}") for part in found.left_alone]
+    for line in columns(rows, right=(1, 2)):
+        click.echo(line)
+    if found.unknown_tensors:
+        click.echo(f"and {len(found.unknown_tensors)} tensors that the class does not know, such as {found.unknown_tensors[0]}")
+    share = found.expert_parameters / found.parameters
+    click.echo(f"\nrouted experts hold {found.expert_parameters:,} of {found.parameters:,} parameters ({share:.1%})")
+
+
+def show_report(report: Report) -> None:
+    """What a run changed; its warnings go to standard error."""
+    from molae_compress.report.card import comparison
+
+    for line in columns([("", "original", "compressed"), *comparison(report)], right=(1, 2)):
+        click.echo(line)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """The figures that were measured."""
+    rows = [("tokens", f"{found.tokens:,}"), ("perplexity", f"{found.perplexity:.3f}")]
+    if found.original_perplexity is not None:
+        rows.append(("perplexity of the original", f"{found.original_perplexity:.3f}"))
+    if found.kl is not None:
+        rows.append(("KL divergence from the original (nats per token)", f"{found.kl:.4g}"))
+    if found.top1_agreement is not None:
+        rows.append(("same most likely token as the original", f"{found.top1_agreement:.1%}"))
+    for line in columns(rows, right=(1,)):
+        click.echo(line)
+
+
+def show_verification(found: Verification) -> None:
+    """Every check with its outcome."""
+    for line in columns([("ok" if check.passed else "FAILED", check.name, check.detail) for check in found.checks]):
+        click.echo(line)

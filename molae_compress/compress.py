@@ -1,0 +1,265 @@
+"""The compression itself: calibrate a layer, extract its bases, refit its experts, go on to the next.
+
+`run` works on a checkpoint, one layer in memory at a time, and resumes after the last finished layer; `compress_` works
+on a model in memory. Both are the same loop, `solve_layers`; a budget that water-fills over layers needs a pass before
+it, `observe_layers`, to measure how the error of every layer falls with rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molae_compress.budget import Shapes, shapes_for, template
+from molae_compress.calibration.walk import ObservedExperts, RoutedTokens
+from molae_compress.checkpoint import WorkDirectory
+from molae_compress.errors import RecipeError
+from molae_compress.modeling.latent import LatentExperts
+from molae_compress.recipe import Recipe
+from molae_compress.report import LayerReport
+from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, layer_error, measure_spectra, solve_layer
+from molae_compress.solver.population import Calibrated, Population, Uninformed
+from molae_compress.source import Source, chosen
+from molae_compress.stream import STAGE as HIDDEN
+from molae_compress.stream import ResidualStream, observed
+from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+
+Progress = Callable[[str, int, int], None]
+OBSERVE, SOLVE = "observe", "solve"
+_HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One finished experts module: its tensors by name, what they were fitted on, and how well they fit.
+
+    Attributes:
+        error: measured on held-out calibration tokens; None without calibration.
+        tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
+        seconds: time of the fit.
+    """
+
+    tensors: dict[str, Tensor]
+    error: LayerError | None
+    tokens_per_expert: list[int]
+    seconds: float
+
+
+@dataclass
+class Run:
+    """What one compression works with, and the loops over layers.
+
+    Attributes:
+        recipe: what to do.
+        source: the dense model.
+        windows_NL: calibration token ids, or None to fit without data.
+        work: where finished layers go, or None to keep them in memory.
+        memory_limit: bytes of calibration activations that may stay in memory; None is no limit.
+        progress: told after every layer.
+    """
+
+    recipe: Recipe
+    source: Source
+    windows_NL: Tensor | None
+    work: WorkDirectory | None = None
+    memory_limit: int | None = None
+    progress: Progress = silent
+    finished: dict[str, Solved] = field(default_factory=dict)
+
+    @cached_property
+    def specs(self) -> list[ExpertsSpec]:
+        """The modules to compress, in the order of layers."""
+        return chosen(self.source.specs, self.recipe)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """The solver's options."""
+        basis, refit = self.recipe.basis, self.recipe.refit
+        return Fit(metric=basis.metric, output=basis.output, cores=refit.cores, down=refit.down)
+
+    def dtype(self, spec: ExpertsSpec) -> torch.dtype:
+        """Type of a module's latent tensors."""
+        asked = self.recipe.output.dtype
+        return self.source.dtype(spec) if asked == "auto" else getattr(torch, asked)  # type: ignore[no-any-return]
+
+    def needs_spectra(self) -> bool:
+        """Whether ranks follow from measured spectra, so that all layers are looked at before any is solved."""
+        return self.recipe.budget.rank is None and self.recipe.budget.allocate == "spectrum"
+
+    def shapes(self, copied_bytes: int = 0) -> Shapes:
+        """Ranks of all modules under the budget; measures spectra first if the recipe asks for it."""
+        spectra = self.observe_layers() if self.needs_spectra() else None
+        dtypes = {spec.name: self.dtype(spec) for spec in self.specs}
+        return shapes_for(self.recipe, self.specs, dtypes=dtypes, copied_bytes=copied_bytes, spectra=spectra)
+
+    def observe_layers(self) -> dict[str, LayerSpectra]:
+        """First pass: how the error of every layer and side falls with rank."""
+        spectra: dict[str, LayerSpectra] = {}
+        for spec in self.specs:
+            if self.work is not None and spec.name in self.work.done(OBSERVE):
+                tensors, _ = self.work.load(OBSERVE, spec.name)
+                branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
+                spectra[spec.name] = LayerSpectra(branches, tensors["output"])
+        for spec, dense, population, _ in self._layers(OBSERVE, set(spectra), {}):
+            found = measure_spectra(dense, population, template(self.recipe, spec), self.fit)
+            found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
+            spectra[spec.name] = found
+            if self.work is not None:
+                parts = {f"input.{branch}": part for branch, part in enumerate(found.input_GM)}
+                self.work.commit(OBSERVE, spec.name, {**parts, "output": found.output_GM}, {})
+            self.progress(OBSERVE, len(spectra), len(self.specs))
+        return spectra
+
+    def solve_layers(self, shapes: Shapes) -> None:
+        """Second pass: bases, then cores, layer by layer; finished modules go to the work directory or to `finished`."""
+        latent = {name: shape for name, shape in shapes.items() if shape is not None}
+        done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
+        idle = {spec.name for spec in self.specs if spec.name not in latent}
+        for spec, dense, population, held_out in self._layers(SOLVE, done | idle, latent):
+            started, shape = time.monotonic(), latent[spec.name]
+            tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
+            error = layer_error(dense, tensors, shape, held_out) if held_out is not None else None
+            counts = population.counts_E.tolist() if isinstance(population, Calibrated) else []
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
+            done.add(spec.name)
+            self.progress(SOLVE, len(done), len(latent))
+
+    def solved(self, spec: ExpertsSpec, *, tensors: bool = True) -> Solved:
+        """A finished module, from the work directory or from memory."""
+        if self.work is None:
+            return self.finished[spec.name]
+        stored, info = self.work.load(SOLVE, spec.name)
+        error = LayerError(**info["error"]) if info["error"] is not None else None
+        return Solved(stored if tensors else {}, error, info["tokens_per_expert"], info["seconds"])
+
+    def layer_reports(self, shapes: Shapes) -> tuple[LayerReport, ...]:
+        """What was done to every module of the recipe, for the report."""
+        reports = []
+        for spec in self.specs:
+            shape = shapes[spec.name]
+            if shape is None:
+                reports.append(LayerReport(spec.name))
+                continue
+            solved = self.solved(spec, tensors=False)
+            reports.append(
+                LayerReport(
+                    name=spec.name,
+                    shape=shape.to_dict(),
+                    err_h=solved.error.err_h if solved.error else None,
+                    relative_error=solved.error.relative if solved.error else None,
+                    tokens_measured=solved.error.tokens if solved.error else 0,
+                    tokens_per_expert=tuple(solved.tokens_per_expert),
+                    seconds=round(solved.seconds, 3),
+                )
+            )
+        return tuple(reports)
+
+    def _finish(self, spec: ExpertsSpec, solved: Solved) -> None:
+        if self.work is None:
+            self.finished[spec.name] = solved
+            return
+        info = {
+            "error": vars(solved.error) if solved.error is not None else None,
+            "tokens_per_expert": solved.tokens_per_expert,
+            "seconds": solved.seconds,
+        }
+        self.work.commit(SOLVE, spec.name, solved.tensors, info)
+
+    def _layers(
+        self, stage: str, done: set[str], latent: Mapping[str, LatentShape]
+    ) -> Iterator[tuple[ExpertsSpec, DenseExperts, Population, Calibrated | None]]:
+        """Every module not yet done, with its weights, what it saw of the fitted tokens, and of the held-out ones.
+
+        The tokens go on through the dense layer, or, in the solving pass of a sequential recipe, through the layer as
+        compressed in the meantime.
+        """
+        pending = [spec for spec in self.specs if spec.name not in done]
+        if self.windows_NL is None:
+            for spec in pending:
+                dense = self.source.dense(spec)
+                yield spec, dense, Uninformed(spec.num_experts, spec.hidden, self.source.device), None
+            return
+        if not pending:
+            return
+        sequential = self.recipe.refit.sequential and stage == SOLVE
+        assert self.recipe.calibration is not None
+        stream = ResidualStream(
+            self.source,
+            self.windows_NL,
+            self.recipe.calibration.batch_size,
+            work=self.work,
+            name=stage,
+            memory_limit=self.memory_limit,
+        )
+        with self.source.ends(head=False), torch.no_grad():
+            stream.start(min(spec.layer for spec in pending))
+            for layer in range(stream.layer, max(spec.layer for spec in pending) + 1):
+                here = [spec for spec in self.source.specs if spec.layer == layer]
+                fitted = [spec for spec in pending if spec.layer == layer]
+                recorders = {spec.name: stream.recorder(spec) for spec in fitted}
+                experts = observed(self.source, here, recorders)
+                if sequential and not fitted:
+                    experts |= self._compressed(here, latent)
+                with self.source.layer(layer) as module:
+                    seen = stream.step(module, experts, recorders, advance=not (sequential and fitted))
+                for spec in fitted:
+                    dense = cast(ObservedExperts, experts[spec.name]).dense
+                    yield (spec, dense, *self._split(seen[spec.name], spec))
+                if sequential and fitted:
+                    del experts, seen
+                    experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
+                    with self.source.layer(layer) as module:
+                        stream.step(module, experts | self._compressed(here, latent), {})
+                stream.forget(layer)
+        if self.work is not None:
+            self.work.discard(HIDDEN)
+
+    def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, LatentShape]) -> dict[str, nn.Module]:
+        """Finished modules, callable."""
+        modules: dict[str, nn.Module] = {}
+        for spec in specs:
+            if spec.name in latent:
+                stock = self.source.model.get_submodule(spec.name)
+                module = LatentExperts.from_stock(stock, spec, latent[spec.name]).to(torch.float32)
+                module.to_empty(device=self.source.device)
+                module.load_latent_(self.solved(spec).tensors)
+                modules[spec.name] = module
+        return modules
+
+    def _split(self, seen: RoutedTokens, spec: ExpertsSpec) -> tuple[Calibrated, Calibrated]:
+        """What is fitted on, and the last windows, which only measure (a single window does both)."""
+        assert self.windows_NL is not None
+        assert self.recipe.calibration is not None
+        weighting, shrinkage = self.recipe.calibration.weighting, self.recipe.refit.shrinkage
+        windows, length = self.windows_NL.shape
+        kept = (windows - max(1, windows // _HELD_OUT)) * length
+        # a token of hardly any residual stream would outweigh all others
+        weight_T = 1.0 / seen.energy_T.clamp_min(1e-6 * float(seen.energy_T.mean()))
+
+        def part(rows: slice) -> Calibrated:
+            return Calibrated(
+                seen.x_TH[rows],
+                seen.index_TK[rows],
+                seen.gate_TK[rows],
+                weight_T[rows],
+                spec.num_experts,
+                weighting,
+                shrinkage,
+                self.source.device,
+            )
+
+        return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)), part(slice(None)))

@@ -1,0 +1,139 @@
+"""Perplexity, KL divergence and agreement of an artifact, streamed: one layer of one model in memory at a time.
+
+Both models first carry all tokens through their layers, each window's residual stream ending before the final norm; then
+the logits of both are made batch by batch, by the models' own final norm, head and scaling.
+Shape suffixes: N windows, B windows of one batch, L tokens, V vocabulary; the rest as in `tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from molae_compress.calibration.text import read_texts, token_windows
+from molae_compress.calibration.walk import LayerArguments, pass_through
+from molae_compress.compress import Progress, silent
+from molae_compress.errors import DataError
+from molae_compress.source import DiskSource, choose_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on given text. Means are over predicted tokens (all of a window but its first).
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: exp of the mean negative log likelihood.
+        original_perplexity: the same of the model compared with, if any.
+        kl: mean KL(original || result) of the next-token distribution, in nats.
+        top1_agreement: share of tokens at which both models find the same token most likely.
+    """
+
+    tokens: int
+    perplexity: float
+    original_perplexity: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def evaluate(
+    folder: str | Path,
+    *,
+    data: Sequence[str],
+    against: str | None = None,
+    column: str = "text",
+    samples: int = 64,
+    sequence_length: int = 1024,
+    batch_size: int = 8,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluates a model folder (compressed or not) on text, alone or against another model with the same tokens.
+
+    Args:
+        folder: model folder or hub id.
+        data: sources of text, as in a recipe.
+        against: the original model.
+        column, samples, sequence_length, batch_size: as in a recipe.
+        device: where one layer at a time is computed, in float32.
+        trust_remote_code: allow code from the model folders.
+        progress: called with a stage, what is done of it, and of how much.
+
+    Raises:
+        DataError: the text is missing, malformed or shorter than one window.
+        CheckpointError, ModelError: a model that cannot be read.
+    """
+    progress = progress or silent
+    target = choose_device(device)
+    result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, experts=False)
+    sources = {"result": result}
+    if against is not None:
+        sources["original"] = DiskSource.open(
+            against, device=target, trust_remote_code=trust_remote_code, experts=False
+        )
+    tokenizer = AutoTokenizer.from_pretrained(result.folder, trust_remote_code=trust_remote_code)
+    windows_NL = token_windows(
+        read_texts(data, column), tokenizer, samples=samples, sequence_length=sequence_length, seed=None
+    )
+    if int(windows_NL.max()) >= min(source.model.get_input_embeddings().weight.shape[0] for source in sources.values()):
+        raise DataError(
+            "The tokenizer makes tokens that the model has no embedding for.",
+            remedy="Give models that belong to the same tokenizer.",
+        )
+    batches = windows_NL.split(batch_size)
+    hidden = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
+    sums = torch.zeros(4, dtype=torch.float64)
+    with ExitStack() as stack, torch.no_grad():
+        for source in sources.values():
+            stack.enter_context(source.ends(head=True))
+        for batch, ids_BL in enumerate(batches):
+            logits = {
+                name: LayerArguments(source.model, source.layers, target).logits(ids_BL, hidden[name][batch])
+                for name, source in sources.items()
+            }
+            sums += _compare(logits["result"], logits.get("original"), ids_BL.to(target))
+    count = windows_NL.numel() - len(windows_NL)
+    nll, original_nll, kl, same = (sums / count).tolist()
+    if against is None:
+        return Evaluation(count, exp(nll))
+    return Evaluation(count, exp(nll), exp(original_nll), kl, same)
+
+
+def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:
+    """Residual stream of every batch after the last layer."""
+    arguments = LayerArguments(source.model, source.layers, source.device)
+    with source.ends(head=False), torch.no_grad():
+        hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
+        for layer in range(len(source.layers)):
+            with source.layer(layer) as module:
+                outputs = pass_through(arguments, layer, module, {}, zip(batches, hidden, strict=True))
+                hidden = [out_BLH for out_BLH, _ in outputs]
+            progress(stage, layer + 1, len(source.layers))
+    return hidden
+
+
+def _compare(logits_BLV: Tensor, original_BLV: Tensor | None, ids_BL: Tensor) -> Tensor:
+    """[4] float64 sums over predicted tokens: negative log likelihoods of both, KL, agreements."""
+    logp = logits_BLV[:, :-1].float().log_softmax(-1)
+    next_BL1 = ids_BL[:, 1:, None]
+    nll = -logp.gather(-1, next_BL1).double().sum()
+    if original_BLV is None:
+        return torch.stack([nll.cpu(), *torch.zeros(3, dtype=torch.float64)])
+    original = original_BLV[:, :-1].float().log_softmax(-1)
+    kl = (original.exp() * (original - logp)).sum(-1).double().sum()
+    same = (original.argmax(-1) == logp.argmax(-1)).double().sum()
+    original_nll = -original.gather(-1, next_BL1).double().sum()
+    return torch.stack([nll, original_nll, kl, same]).cpu()

@@ -1,0 +1,93 @@
+"""Matrix products in which every row has its own expert, on any of transformers' experts backends.
+
+Rows are routed slots: token t has K of them, one per expert it uses. Neighbouring experts may share a matrix (a group);
+since groups are contiguous, one sort of the slots by expert serves every group size. Shape suffixes: see
+`molae_compress.tensors`; N and M are widths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Semi-private helpers of transformers, imported in this one place.
+from transformers.integrations.moe import _batched_linear, _grouped_linear
+
+BACKENDS = ("eager", "batched_mm", "grouped_mm")
+ALIGNMENT = 16  # bytes; grouped GEMM kernels refuse rows of other lengths
+
+
+class Route(NamedTuple):
+    """The expert of every slot, in the order in which slots are computed.
+
+    Attributes:
+        backend: one of `BACKENDS`.
+        expert_S: expert of each slot; ascending, except for `batched_mm`.
+        token_S: token of each slot.
+        back_S: position in computed order of each slot `(token, k)`; None if the order is that one already.
+        ends_E: int32, one past the last slot of each expert; None for `batched_mm`.
+    """
+
+    backend: str
+    expert_S: Tensor
+    token_S: Tensor
+    back_S: Tensor | None
+    ends_E: Tensor | None
+
+    def restore(self, y_SN: Tensor, top_k: int) -> Tensor:
+        """[T,K,N]: rows back in the order of tokens."""
+        y_SN = y_SN if self.back_S is None else y_SN[self.back_S]
+        return y_SN.view(-1, top_k, y_SN.shape[-1])
+
+
+def make_route(index_TK: Tensor, num_experts: int, implementation: str | None) -> Route:
+    """Orders the routed slots for the configured experts implementation of transformers.
+
+    Args:
+        index_TK: experts of each token, int64.
+        num_experts: E.
+        implementation: `config._experts_implementation`; one without a latent form of its own (a fused kernel for dense
+            experts, say) falls back to `grouped_mm`.
+    """
+    backend = implementation if implementation in BACKENDS else "grouped_mm"
+    expert_S = index_TK.reshape(-1)
+    slots_S = torch.arange(expert_S.shape[0], device=expert_S.device)
+    if backend == "batched_mm":
+        return Route(backend, expert_S, slots_S // index_TK.shape[1], None, None)
+    sorted_S, order_S = torch.sort(expert_S, stable=True)
+    experts_E = torch.arange(num_experts, device=expert_S.device, dtype=sorted_S.dtype)
+    ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
+    back_S = torch.empty_like(order_S).scatter(0, order_S, slots_S)
+    return Route(backend, sorted_S, order_S // index_TK.shape[1], back_S, ends_E)
+
+
+def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int, *, transposed: bool) -> Tensor:
+    """[S,M]: every row times the matrix of its expert's group.
+
+    Args:
+        x_SN: rows in the order of `route`.
+        weight: [G,N,M] if `transposed`, else [G,M,N].
+        route: expert of each row.
+        experts_per_group: group of expert e is e // experts_per_group.
+        transposed: orientation of `weight`.
+    """
+    if route.ends_E is None:
+        return _batched_linear(x_SN, weight[route.expert_S // experts_per_group], is_transposed=transposed)
+    ends_G = route.ends_E[experts_per_group - 1 :: experts_per_group].contiguous()
+    if route.backend == "eager":
+        return _looped_linear(x_SN, weight if transposed else weight.transpose(1, 2), ends_G)
+    # Both widths count, because the backward pass swaps them.
+    if any(width * weight.element_size() % ALIGNMENT for width in weight.shape[1:]):
+        weight_GNM = weight if transposed else weight.transpose(1, 2)
+        y_SM: Tensor = torch.ops.transformers.grouped_mm_fallback(x_SN.to(weight.dtype), weight_GNM, ends_G)
+        return y_SM
+    return _grouped_linear(x_SN, weight, ends_G, is_transposed=transposed)
+
+
+def _looped_linear(x_SN: Tensor, weight_GNM: Tensor, ends_G: Tensor) -> Tensor:
+    """The plain form of the product: one group after the other."""
+    starts = [0, *ends_G.tolist()]
+    slices = zip(starts[:-1], starts[1:], weight_GNM, strict=True)
+    return torch.cat([x_SN[start:end] @ weight_NM for start, end, weight_NM in slices])

@@ -1,0 +1,186 @@
+"""Plan: what a recipe will do to a model, from its config and the headers of its files, before any weight is read.
+
+Sizes are exact. Where ranks follow from spectra that only calibration can measure, the plan shows the ranks of a uniform
+budget and says so; the total it shows is the one the measured ranks will keep to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from molae_compress.budget import Shapes
+from molae_compress.tensors import ExpertsSpec, LatentShape
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One experts module in a plan.
+
+    Attributes:
+        name: module path.
+        shape: latent shape, or None if the module stays dense.
+        dense_parameters, parameters: numbers stored before and after.
+        dense_bytes, bytes: the same in bytes.
+        dense_flops, flops: floating-point operations for one token, two per multiply-add, routed experts only.
+        dense_traffic, traffic: numbers sent between devices for one token under expert parallelism (dispatch and combine).
+    """
+
+    name: str
+    shape: LatentShape | None
+    dense_parameters: int
+    parameters: int
+    dense_bytes: int
+    bytes: int
+    dense_flops: int
+    flops: int
+    dense_traffic: int
+    traffic: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model. `print(plan)` shows it as a table; `to_dict()` is what `--json` prints.
+
+    Attributes:
+        model: folder or hub id.
+        layers: one entry for every routed-experts module of the model.
+        source_bytes, artifact_bytes: tensor bytes of the checkpoint and of the result.
+        measured: the ranks follow from measured spectra (or from no spectra at all) and are final.
+        memory_bytes: upper estimate of the memory of a run, activations included.
+        activation_bytes: calibration activations of one layer, in memory or spilled to disk.
+        disk_bytes: free disk the run needs, work directory included.
+        tokens: calibration tokens.
+    """
+
+    model: str
+    layers: tuple[LayerPlan, ...]
+    source_bytes: int
+    artifact_bytes: int
+    measured: bool
+    memory_bytes: int
+    activation_bytes: int
+    disk_bytes: int
+    tokens: int
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the routed experts before."""
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the routed experts after."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, totals included."""
+        return {**asdict(self), "dense_parameters": self.dense_parameters, "parameters": self.parameters}
+
+    def __str__(self) -> str:
+        lines = [f"{'module':40} {'form':8} {'groups':>9} {'ranks':>11} {'parameters':>14} {'kept':>6} {'flops':>6}"]
+        for layer in self.layers:
+            if layer.shape is None:
+                form, groups, ranks = "dense", "", ""
+            else:
+                form, groups = layer.shape.form, f"{layer.shape.input_group}/{layer.shape.output_group}"
+                ranks = f"{layer.shape.rank_in}/{layer.shape.rank_out or 'dense'}"
+            kept, flops = layer.parameters / layer.dense_parameters, layer.flops / layer.dense_flops
+            lines.append(
+                f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
+            )
+        lines += [
+            "",
+            f"routed experts  {self.dense_parameters:,} -> {self.parameters:,} parameters "
+            f"({self.parameters / self.dense_parameters:.4f} kept)",
+            f"checkpoint      {_size(self.source_bytes)} -> {_size(self.artifact_bytes)}",
+            f"of the run      memory up to {_size(self.memory_bytes)}, of which activations "
+            f"{_size(self.activation_bytes)}; free disk {_size(self.disk_bytes)}; {self.tokens:,} calibration tokens",
+        ]
+        if not self.measured:
+            lines.append("ranks shown are those of a uniform budget; calibration will move them within the same total")
+        return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def layer_plan(
+    spec: ExpertsSpec, shape: LatentShape | None, *, dense_dtype: torch.dtype, dtype: torch.dtype
+) -> LayerPlan:
+    """Adds up one module; `dense_dtype` is that of the checkpoint, `dtype` that of the latent tensors."""
+    K, H, I = spec.top_k, spec.hidden, spec.intermediate
+    dense_macs, traffic = K * H * (spec.rows + I), 2 * K * H
+    macs, sent = (dense_macs, traffic) if shape is None else _work(spec, shape)
+    dense_bytes = spec.dense_numel * dense_dtype.itemsize
+    return LayerPlan(
+        name=spec.name,
+        shape=shape,
+        dense_parameters=spec.dense_numel,
+        parameters=spec.dense_numel if shape is None else shape.numel(spec),
+        dense_bytes=dense_bytes,
+        bytes=dense_bytes if shape is None else shape.nbytes(spec, dtype),
+        dense_flops=2 * dense_macs,
+        flops=2 * macs,
+        dense_traffic=traffic,
+        traffic=sent,
+    )
+
+
+def _work(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
+    """Multiply-adds and numbers on the wire for one token, as the latent module computes it."""
+    K, H, I = spec.top_k, spec.hidden, spec.intermediate
+    free = shape.rank_in if shape.storage == "interpolative" else 0
+    whole_in, whole_out = shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
+    branches = len(shape.branches())
+    macs = (1 if whole_in else K) * branches * shape.rank_in * (H - free) + K * spec.rows * shape.rank_in
+    if shape.rank_out is None:
+        return macs + K * H * I, 2 * K * H
+    free = shape.rank_out if shape.storage == "interpolative" else 0
+    macs += K * I * shape.rank_out + (1 if whole_out else K) * shape.rank_out * (H - free)
+    sent_in = branches * shape.rank_in if whole_in else H
+    return macs, K * (sent_in + (shape.rank_out if whole_out else H))
+
+
+def make_plan(
+    model: str,
+    specs: Sequence[ExpertsSpec],
+    shapes: Shapes,
+    *,
+    dense_dtypes: dict[str, torch.dtype],
+    dtypes: dict[str, torch.dtype],
+    source_bytes: int,
+    largest_layer_bytes: int,
+    tokens: int,
+    measured: bool,
+    in_memory: bool = True,
+) -> Plan:
+    """Adds up a whole model; `largest_layer_bytes` is what one decoder layer without its experts takes in float32."""
+    layers = tuple(
+        layer_plan(spec, shapes.get(spec.name), dense_dtype=dense_dtypes[spec.name], dtype=dtypes[spec.name])
+        for spec in specs
+    )
+    hidden = max(spec.hidden for spec in specs)
+    activations = tokens * (2 * hidden * 4 + max(spec.top_k for spec in specs) * 12 + 4)
+    experts = max(layer.dense_bytes for layer in layers)
+    latent = max(layer.bytes for layer in layers)
+    artifact = source_bytes + sum(layer.bytes - layer.dense_bytes for layer in layers)
+    return Plan(
+        model=model,
+        layers=layers,
+        source_bytes=source_bytes,
+        artifact_bytes=artifact,
+        measured=measured,
+        # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
+        memory_bytes=largest_layer_bytes + max(2 * experts, experts + 2 * latent) + (activations if in_memory else 0),
+        activation_bytes=activations,
+        disk_bytes=2 * artifact + activations,
+        tokens=tokens,
+    )

@@ -1,0 +1,239 @@
+"""The sections of a recipe: every key below the top level, its default, what it allows and what it means.
+
+The descriptions are what users read in the recipe reference, in the JSON schema and in refusals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+
+from molae_compress.errors import RecipeError
+from molae_compress.recipe.files import format_size, parse_size
+from molae_compress.recipe.refusals import Section, exclusive
+
+BUDGETS = ("keep", "rank", "target_size")
+
+
+def _size_field(value: Any) -> int:
+    try:
+        return parse_size(value)
+    except RecipeError as error:
+        raise ValueError(error.remedy or error.what) from error
+
+
+def _entries(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sources(value: Any) -> Any:
+    entries = (value,) if isinstance(value, str) else _entries(value)
+    if isinstance(entries, tuple) and not (entries and all(entries)):
+        raise ValueError("It names no source of text.")
+    return entries
+
+
+_SIZE_SCHEMA = {"type": ["string", "integer"], "pattern": r"^\d+(\.\d+)? ?[KMGTkmgt]?[iI]?[bB]$", "minimum": 1}
+_SOURCES_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+Size = Annotated[
+    int, BeforeValidator(_size_field), PlainSerializer(format_size, when_used="json"), WithJsonSchema(_SIZE_SCHEMA)
+]
+Sources = Annotated[tuple[str, ...], BeforeValidator(_sources), WithJsonSchema(_SOURCES_SCHEMA)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_entries)]
+Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Calibration(Section):
+    """The text on which the model is watched while it is compressed; without this section compression is data-free."""
+
+    place = "calibration"
+    data: Sources | None = Field(
+        default=None,
+        description="Where the text comes from: one source, or a list of sources that are mixed evenly (see Sources "
+        "of text). `null` if the Python caller hands the text over.",
+    )
+    column: str = Field(default="text", description="Column or key that holds the text, for sources that have columns.")
+    samples: Count = Field(default=256, description="Number of token windows.")
+    sequence_length: Length = Field(default=2048, description="Tokens per window.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the choice of windows where the text has more of them than `samples`."
+    )
+    weighting: Literal["squared", "linear", "none"] = Field(
+        default="squared",
+        description="How much a token counts for an expert: by the square of the routing weight that the model gave "
+        "it, by the weight itself, or the same for all tokens.",
+    )
+    batch_size: Count = Field(default=8, description="Windows per forward pass: a matter of memory and speed.")
+
+
+class Basis(Section):
+    """The form of the compressed experts: what is shared, and by how many."""
+
+    place = "basis"
+    profile: Literal["quality", "serving"] = Field(
+        default="quality",
+        description="`quality`: small groups of experts share a basis, which gives the best quality per byte. "
+        "`serving`: one basis for all experts of a layer on each side, with equal ranks; fewest operations, and "
+        "kernels made for ordinary experts run it.",
+    )
+    gate_up: Literal["joint", "separate"] = Field(
+        default="joint", description="Whether the gate and up projections share one input basis or have one each."
+    )
+    experts_per_input_group: Literal["auto", "all"] | Count = Field(
+        default="auto",
+        description="Experts that share an input basis. `auto`: 2 for quality (1 if the number of experts is odd), "
+        "`all` for serving; for `method: paper` 4, or the largest divisor of the number of experts below 4.",
+    )
+    experts_per_output_group: Literal["auto", "all"] | Count = Field(
+        default="auto", description="Experts that share an output basis. `auto`: 1 for quality, `all` for serving."
+    )
+    down: Literal["latent", "dense"] = Field(
+        default="latent", description="Whether the second (down) projection is compressed too or left at full width."
+    )
+    output: Literal["expert", "combined"] = Field(
+        default="expert",
+        description="What the output basis keeps most of: the outputs of the single experts, or their routed sum. The "
+        "latter needs `experts_per_output_group: all`.",
+    )
+    metric: Literal["two-sided", "input"] = Field(
+        default="two-sided",
+        description="Where the error of the input basis is measured: at the output of the experts, or right after the "
+        "first projection.",
+    )
+    storage: Literal["auto", "interpolative", "orthonormal"] = Field(
+        default="auto",
+        description="How a basis is written: `interpolative`, a selection of coordinates plus a remainder (fewer "
+        "numbers), or `orthonormal` (quantises best). `auto`: interpolative for quality, orthonormal for serving and "
+        "for `method: paper`.",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        output_group = self.experts_per_output_group
+        if self.profile == "serving":
+            form = "The serving profile is the layer form: one orthonormal basis for all experts on each side."
+            for key, excluded in (("storage", "interpolative"), ("gate_up", "separate"), ("down", "dense")):
+                if getattr(self, key) == excluded:
+                    raise exclusive("basis.profile: serving", f"basis.{key}: {excluded}", form)
+            for key in ("experts_per_input_group", "experts_per_output_group"):
+                if isinstance(size := getattr(self, key), int):
+                    raise exclusive("basis.profile: serving", f"basis.{key}: {size}", form)
+        if self.down == "dense" and (self.output == "combined" or output_group != "auto"):
+            key = "output: combined" if self.output == "combined" else f"experts_per_output_group: {output_group}"
+            raise exclusive("basis.down: dense", f"basis.{key}", "A dense down projection has no output basis.")
+        if self.output == "combined" and output_group != "all" and self.profile != "serving":
+            raise RecipeError(
+                f"`basis.output: combined` cannot go with `basis.experts_per_output_group: {output_group}`.",
+                why="The routed sum of a layer has one subspace, which all experts of the layer must share.",
+                remedy="Set `basis.experts_per_output_group: all`, or `basis.output: expert`.",
+            )
+        return self
+
+
+class Budget(Section):
+    """How much may remain: one of `keep`, `rank` and `target_size`. Without any of them, `keep` is 0.6."""
+
+    place = "budget"
+    keep: Share | None = Field(
+        default=None, description="Share of the routed experts' parameters that remains; 0.6 if no budget is given."
+    )
+    rank: Count | Literal["full"] | None = Field(
+        default=None,
+        description="The same latent width (rank) everywhere, so that `allocate` has nothing to decide. `full` "
+        "changes the form but not the function.",
+    )
+    target_size: Size | None = Field(
+        default=None, description="Bytes of the whole compressed model on disk, for example 24GB."
+    )
+    allocate: Literal["spectrum", "uniform"] = Field(
+        default="spectrum",
+        description="`spectrum`: layers and sides that lose more get higher ranks. `uniform`: all get the same share.",
+    )
+    align: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for "
+        "serving.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        given = [key for key in BUDGETS if data.get(key) is not None]
+        if len(given) > 1:
+            raise RecipeError(
+                f"The recipe sets {len(given)} budgets: {', '.join(f'`budget.{key}: {data[key]}`' for key in given)}.",
+                why="One decides the other.",
+                remedy="Keep one of them.",
+            )
+        return data if given else {**data, "keep": 0.6}
+
+
+class Refit(Section):
+    """What is fitted again, by least squares, once the shared bases stand."""
+
+    place = "refit"
+    cores: bool = Field(
+        default=True, description="Refit each expert's own matrices on the tokens that were routed to it."
+    )
+    down: bool = Field(
+        default=True, description="Refit the down projection on what the compressed first projection really delivers."
+    )
+    shrinkage: float = Field(
+        default=2.0,
+        ge=0,
+        description="How strongly an expert with few tokens follows the average of its layer. 0: it trusts its own "
+        "tokens alone.",
+    )
+    sequential: bool = Field(
+        default=False,
+        description="Calibrate each layer on what the compressed layers before it deliver, not the original ones. "
+        "Slower.",
+    )
+
+
+class Evaluate(Section):
+    """Text on which the original and the result are compared. Without this section nothing is compared."""
+
+    place = "evaluate"
+    data: Sources = Field(
+        description="Where the text comes from, as in `calibration.data`. Use text that was not calibrated on."
+    )
+    column: str = Field(default="text", description="Column or key that holds the text, for sources that have columns.")
+    samples: Count = Field(default=64, description="Number of token windows, the first ones of each source.")
+    sequence_length: Length = Field(default=1024, description="Tokens per window.")
+    batch_size: Count = Field(default=8, description="Windows per forward pass.")
+
+
+class Gate(Section):
+    """Limits that the evaluated result must keep, or the run ends with exit code 3. Needs `evaluate`."""
+
+    place = "gate"
+    max_kl: Positive | None = Field(
+        default=None,
+        description="Highest mean KL divergence of the result's predictions from the original's, in nats per token.",
+    )
+    max_perplexity_ratio: Positive | None = Field(
+        default=None, description="Highest perplexity of the result, divided by that of the original."
+    )
+
+
+class Output(Section):
+    """How the compressed model is written."""
+
+    place = "output"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Type of the compressed tensors; `auto` is that of the source checkpoint."
+    )
+    max_shard_size: Size = Field(default=5_000_000_000, description="Largest size of one weights file.")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    section.place: section for section in (Calibration, Basis, Budget, Refit, Evaluate, Gate, Output)
+}

@@ -1,0 +1,224 @@
+"""The model card of an artifact: `README.md`, Markdown with the front matter that the hub reads.
+
+It holds no timings and nothing of this machine but the recipe, so that equal runs write equal cards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molae_compress.recipe.files import write_yaml
+from molae_compress.report.report import LayerReport, Report
+
+# What a derived model takes over from the card of the model it was made from.
+_KEPT_KEYS = ("license", "license_name", "license_link", "language")
+_TAGS = ("molae", "mixture-of-experts", "latent-experts", "compression")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_LOADING = """\
+## How to load it
+
+The package must be imported first; everything after that is plain transformers.
+
+```python
+import molae_compress  # registers the format: pip install molae-compress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+**Without that import, transformers only warns and leaves the experts at random values**: the model loads, and answers nonsense.
+`molae-compress verify path/to/this/folder` checks the files, their hashes and that they load. For programs that cannot have
+the package, `molae-compress expand path/to/this/folder dense-model` writes ordinary dense experts: the size of the original
+model, the quality of this one."""
+
+_LIMITS = """\
+## Limits
+
+- It is an approximation of the original model and inherits its limits and biases. Test it on your own task before relying on it.
+- It is closest to the original on text like the calibration text, and further away on other kinds of text.
+- Routers, shared experts, attention and embeddings are those of the original, bit for bit; only routed experts were changed."""
+
+
+def model_card(report: Report, base_readme: str | None) -> str:
+    """Writes the card.
+
+    Args:
+        report: of the run; only what it measured is shown.
+        base_readme: the card of the original model, of which licence and language are kept; None if it has none.
+
+    Returns:
+        Markdown that ends in a newline.
+    """
+    base = _base(report.model)
+    # An explicit start and end: the hub reads the first lines between two rows of dashes.
+    front = f"---\n{write_yaml(_front_matter(base, base_readme))}---"
+    sections = [
+        front,
+        _introduction(base),
+        _measured(report),
+        _LOADING,
+        _making(report),
+        _calibration(report),
+        *([_warnings(report)] if report.warnings else []),
+        _layer_table(report),
+        _LIMITS,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def format_bytes(count: int) -> str:
+    """`12.3 GB`, in powers of 1000."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count} B"
+
+
+def comparison(report: Report) -> list[tuple[str, str, str]]:
+    """What changed, as rows (figure, original, compressed); only figures that are known."""
+    plan, evaluation = report.plan, report.evaluation or {}
+    flops = [sum(layer[key] for layer in plan["layers"]) for key in ("dense_flops", "flops")]
+    rows = [
+        ("parameters in routed experts", f"{plan['dense_parameters']:,}", _with_share(plan, "parameters", ",")),
+        ("weights on disk", format_bytes(report.source["bytes"]), format_bytes(report.artifact["bytes"])),
+        ("operations of routed experts per token", f"{flops[0]:,}", f"{flops[1]:,} ({_percent(flops[1], flops[0])})"),
+    ]
+    figures = (
+        ("perplexity", "original_perplexity", "perplexity", "{:.3f}"),
+        ("KL divergence from the original (nats per token)", None, "kl", "{:.4g}"),
+        ("same most likely token as the original", None, "top1_agreement", "{:.1%}"),
+    )
+    for name, before, after, form in figures:
+        if evaluation.get(after) is not None:
+            original = evaluation.get(before) if before else None
+            rows.append((name, "" if original is None else form.format(original), form.format(evaluation[after])))
+    if report.err_h is not None:
+        rows.append(("err_h, squared error relative to the residual stream, summed over layers", "", f"{report.err_h:.4g}"))
+    return rows
+
+
+def _front_matter(base: str | None, base_readme: str | None) -> dict[str, Any]:
+    kept = {key: value for key, value in _read_front_matter(base_readme or "").items() if key in _KEPT_KEYS}
+    relation = {"base_model": base, "base_model_relation": "quantized"} if base and _HUB_ID.fullmatch(base) else {}
+    return {**kept, "library_name": "transformers", **relation, "tags": list(_TAGS)}
+
+
+def _read_front_matter(readme: str) -> dict[str, Any]:
+    """The front matter of a card; empty if there is none that YAML can read."""
+    match = _FRONT_MATTER.match(readme.removeprefix("\ufeff").replace("\r\n", "\n"))
+    try:
+        content = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _base(model: str | None) -> str | None:
+    """The hub id of the original, or the name of its folder: where that folder lies is nobody's business."""
+    if model is None:
+        return None
+    is_hub_id = _HUB_ID.fullmatch(model) and not Path(model).is_dir()
+    return model if is_hub_id else Path(model).expanduser().resolve().name
+
+
+def _introduction(base: str | None) -> str:
+    origin = f"[{base}](https://huggingface.co/{base})" if base and _HUB_ID.fullmatch(base) else f"`{base or 'a model'}`"
+    return (
+        f"# {base.rpartition('/')[2] if base else 'Model'}, latent experts\n\n"
+        f"{origin} with its routed experts compressed into latent experts by `molae_compress`: projections into a smaller "
+        "space that experts share, and small matrices of each expert inside it (Mixture of Latent Experts, "
+        "[arXiv 2503.23100](https://arxiv.org/abs/2503.23100))."
+    )
+
+
+def _measured(report: Report) -> str:
+    rows = [f"| {name} | {before} | {after} |" for name, before, after in comparison(report)]
+    note = ""
+    if report.evaluation:
+        asked = report.recipe.get("evaluate") or {}
+        sources = ", ".join(f"`{source}`" for source in _listed(asked.get("data")))
+        note = f"\n\nMeasured on {report.evaluation['tokens']:,} tokens{f' of {sources}' if sources else ''}."
+    table = "\n".join(["| | original | compressed |", "|---|--:|--:|", *rows])
+    return f"## What changed\n\n{table}{note}"
+
+
+def _making(report: Report) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return (
+        "## How it was made\n\n"
+        "```bash\nmolae-compress apply recipe.yaml --output compressed-model\n```\n\n"
+        f"with `recipe.yaml` of this folder (fingerprint `{report.recipe_fingerprint}`):\n\n"
+        f"```yaml\n{write_yaml(report.recipe)}```\n\n"
+        f"Source checkpoint: fingerprint `{report.source['fingerprint']}`. Software: {versions}."
+    )
+
+
+def _calibration(report: Report) -> str:
+    found = report.calibration
+    if found is None:
+        text = "None: the compression was data-free, it looked at the weights alone."
+    else:
+        sources = ", ".join(f"`{source}`" for source in found.sources) or "text handed over in Python"
+        text = f"{found.tokens:,} tokens in {found.windows:,} windows from {sources}.\n\nSHA-256 of the text: `{found.sha256}`"
+    return f"## Calibration text\n\n{text}"
+
+
+def _warnings(report: Report) -> str:
+    return "\n".join(["## Warnings of the run", "", *(f"- {warning}" for warning in report.warnings)])
+
+
+def _layer_table(report: Report) -> str:
+    planned = {layer["name"]: layer for layer in report.plan["layers"]}
+    rows = [f"| {' | '.join(_layer_row(layer, planned[layer.name]))} |" for layer in report.layers]
+    return "\n".join(
+        [
+            "## Layer by layer",
+            "",
+            "<details>",
+            "<summary>Form, ranks and errors of every experts module</summary>",
+            "",
+            "| module | form | experts per group in/out | rank in/out | kept | err_h | relative error | unseen experts |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
+            *rows,
+            "",
+            "</details>",
+        ]
+    )
+
+
+def _layer_row(layer: LayerReport, planned: Mapping[str, Any]) -> Iterator[str]:
+    yield f"`{layer.name}`"
+    yield from shape_columns(layer.shape)
+    yield _percent(planned["parameters"], planned["dense_parameters"])
+    for value in (layer.err_h, layer.relative_error):
+        yield "" if value is None else f"{value:.3g}"
+    yield str(layer.unseen_experts) if layer.tokens_per_expert else ""
+
+
+def shape_columns(shape: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Form, experts per group and ranks of a module, each pair as input/output side."""
+    if shape is None:
+        return "dense", "", ""
+    groups = f"{shape['input_group']}/{shape['output_group']}"
+    ranks = f"{shape['rank_in']}/{'dense' if shape['rank_out'] is None else shape['rank_out']}"
+    return shape["form"], groups, ranks
+
+
+def _with_share(plan: Mapping[str, Any], key: str, form: str) -> str:
+    return f"{plan[key]:{form}} ({_percent(plan[key], plan[f'dense_{key}'])})"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}"
+
+
+def _listed(value: str | Sequence[str] | None) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value or []

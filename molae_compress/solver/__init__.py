@@ -1,0 +1,1 @@
+"""The fit: moments, bases, refit, allocation. Pure functions of tensors; no model, no file, no configuration."""

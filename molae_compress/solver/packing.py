@@ -1,0 +1,95 @@
+"""The tensors of one latent module as the solver fills them: bases and cores, in the storage `LatentShape` names.
+
+Bases are rounded to the output dtype as they are stored, and read back rounded, so that what is fitted on top of them
+already knows the rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molae_compress.solver.basis import interpolated, interpolative, orthonormal_rows
+from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
+
+
+def branch_rows(spec: ExpertsSpec, shape: LatentShape) -> list[Tensor]:
+    """For each input branch the rows of the first projection it makes; in channel order for separate bases."""
+    return list(spec.gate_rows()) if shape.gate_up == "separate" else [torch.arange(spec.rows)]
+
+
+class Packed:
+    """Tensors named as `LatentShape.tensors`, with access by group and expert in canonical orientation."""
+
+    def __init__(self, spec: ExpertsSpec, shape: LatentShape, tensors: dict[str, Tensor]) -> None:
+        self.spec, self.shape, self.tensors = spec, shape, tensors
+
+    @classmethod
+    def empty(cls, spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype, device: torch.device | str) -> Packed:
+        """Tensors to be filled: floats in `dtype`, pivots as integers."""
+        return cls(
+            spec,
+            shape,
+            {
+                name: torch.empty(size, dtype=PIVOT_DTYPE if name.endswith(".pivots") else dtype, device=device)
+                for name, size in shape.tensors(spec).items()
+            },
+        )
+
+    def set_basis(self, stem: str, group: int, b_RH: Tensor) -> Tensor:
+        """Stores the row space of `b_RH` as the basis of a group; returns the basis as stored, [R,H] float32 or wider."""
+        rank = b_RH.shape[0]
+        rows = slice(group * rank, (group + 1) * rank)
+        weight = self.tensors[f"{stem}.weight"]
+        if self.shape.storage == "interpolative":
+            pivots_R, rest_RX = interpolative(b_RH)
+            weight[rows], self.tensors[f"{stem}.pivots"][rows] = rest_RX.to(weight.dtype), pivots_R.to(PIVOT_DTYPE)
+        elif self.shape.form == "layer" and stem == "decode":
+            weight.copy_(orthonormal_rows(b_RH).T)
+        else:
+            weight[rows] = orthonormal_rows(b_RH).to(weight.dtype)
+        return self.basis(stem, group, rank)
+
+    def basis(self, stem: str, group: int, rank: int) -> Tensor:
+        """[R,H]: a group's stored basis, in float32 (float64 if stored so)."""
+        rows = slice(group * rank, (group + 1) * rank)
+        weight = self.tensors[f"{stem}.weight"]
+        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        if self.shape.form == "layer" and stem == "decode":
+            return weight.T.to(wide)
+        if self.shape.storage == "interpolative":
+            return interpolated(self.tensors[f"{stem}.pivots"][rows], weight[rows].to(wide))
+        return weight[rows].to(wide)
+
+    def core(self, stem: str, expert: int) -> Tensor:
+        """View of an expert's core: [rows,R] on the input side, [R,I] for `down`."""
+        spec, shape = self.spec, self.shape
+        if shape.form == "layer":
+            name = "core.down_proj" if stem == "down" else "core.gate_up_proj" if spec.has_gate else "core.up_proj"
+            core = self.tensors[name][expert]
+            return core.T if spec.is_transposed else core
+        flat = self.tensors[f"core.{stem}"]
+        rank = flat.shape[0] // spec.num_experts
+        core = flat[expert * rank : (expert + 1) * rank]
+        return core if stem == "down" else core.T
+
+    def set_biases(self, bias_in_EJ: Tensor, bias_out_EH: Tensor) -> None:
+        """Copies the dense biases, which stay at full width."""
+        first = "gate_up_proj" if self.spec.has_gate else "up_proj"
+        self.tensors[f"core.{first}_bias" if self.shape.form == "layer" else "core.bias"].copy_(bias_in_EJ)
+        self.tensors["decode_bias"].copy_(bias_out_EH)
+
+    def intermediate(self, expert: int, x_NH: Tensor, bias_J: Tensor | None) -> Tensor:
+        """[N,J]: the first projection of the stored latent expert, before the activation."""
+        h_NJ = torch.zeros(x_NH.shape[0], self.spec.rows, dtype=x_NH.dtype, device=x_NH.device)
+        for (stem, core), rows_X in zip(self.shape.branches(), branch_rows(self.spec, self.shape), strict=True):
+            basis_RH = self.basis(stem, expert // self.shape.input_group, self.shape.rank_in).to(x_NH.dtype)
+            h_NJ[:, rows_X] = (x_NH @ basis_RH.T) @ self.core(core, expert).T.to(x_NH.dtype)
+        return h_NJ if bias_J is None else h_NJ + bias_J.to(x_NH.dtype)
+
+    def output(self, expert: int, z_NI: Tensor) -> Tensor:
+        """[N,H]: the second projection of the stored latent expert, without the output bias."""
+        u_NR = z_NI @ self.core("down", expert).T.to(z_NI.dtype)
+        if self.shape.rank_out is None:
+            return u_NR
+        return u_NR @ self.basis("decode", expert // self.shape.output_group, self.shape.rank_out).to(z_NI.dtype)

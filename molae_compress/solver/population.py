@@ -1,0 +1,180 @@
+"""What the solver knows about the inputs of a layer's experts: routed calibration samples, or nothing at all.
+
+Both answer the same questions, so that the data-free fit is the limit of the calibrated one and not another algorithm.
+Every expert sees its own tokens and, in the share n / (n + kappa D) leaves over, the tokens of its layer: an expert that
+calibration never routed to is fitted on the layer's tokens instead of on nothing.
+Shape suffixes: N rows of one sample, P pool tokens; the rest as in `molae_compress.tensors`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from molae_compress.solver.moments import Moments, cross, ridged, trust
+
+Weighting = Literal["squared", "linear", "none"]
+_POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
+_CHUNK = 16384  # tokens sent to the device at a time
+_LEAST_SHARE = 0.01  # an expert hardly seen still counts this share of the average one in its group's basis
+
+
+class Population(Protocol):
+    """What phase 1 and phase 2 ask about the inputs of experts."""
+
+    def weight(self, expert: int) -> float:
+        """Importance of the expert's output error in its layer's, per token."""
+
+    def covariance(self, experts: range, ridge: float) -> Tensor:
+        """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity."""
+
+    def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
+        """[H,R]: C B^T for the expert's own input covariance C, shrunk towards `prior_HR` = the layer's C B^T."""
+
+    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor] | None:
+        """Rows [N,H] and weights [N] (sum 1) that stand for the expert's inputs when `size` features are estimated."""
+
+
+@dataclass(frozen=True)
+class Uninformed:
+    """No calibration data: all input directions alike, all experts alike."""
+
+    num_experts: int
+    hidden: int
+    device: torch.device | str = "cpu"
+
+    def weight(self, expert: int) -> float:
+        return 1.0 / self.num_experts
+
+    def covariance(self, experts: range, ridge: float) -> Tensor:
+        return Moments.identity(self.hidden, self.device).gram_DD
+
+    def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
+        return prior_HR
+
+    def sample(self, expert: int, size: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Tokens a layer's experts saw, with the routing the model itself computed.
+
+    Attributes:
+        x_TH: inputs of the experts module, any float dtype; on the CPU, or mapped from a file.
+        index_TK: int64 expert of each slot; indices >= num_experts are slots without an expert.
+        gate_TK: the model's own routing weights.
+        token_T: weight of a token's squared error, 1 / |h|^2 of the residual stream after the layer.
+        num_experts: E.
+        weighting: how the routing weight g enters: `squared` g^2 (errors of experts uncorrelated), `linear`, `none`.
+        shrinkage: kappa of the convex combinations.
+        device: where the rows of an expert are sent, and results live.
+    """
+
+    x_TH: Tensor
+    index_TK: Tensor
+    gate_TK: Tensor
+    token_T: Tensor
+    num_experts: int
+    weighting: Weighting = "squared"
+    shrinkage: float = 2.0
+    device: torch.device | str = "cpu"
+
+    def inputs(self, index_N: Tensor) -> Tensor:
+        """[N,H]: inputs of some tokens, on the device."""
+        return self.x_TH[index_N].to(self.device)
+
+    @cached_property
+    def slot_weight_TK(self) -> Tensor:
+        """[T,K] float64: what a squared output error in a slot counts, averaged over tokens."""
+        gate_TK = self.gate_TK.double()
+        powers = {"squared": gate_TK.square(), "linear": gate_TK.abs(), "none": torch.ones_like(gate_TK)}
+        power_TK = powers[self.weighting]
+        routed_TK = self.index_TK < self.num_experts
+        return power_TK * routed_TK * self.token_T.double()[:, None] / max(1, self.x_TH.shape[0])
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """Slots sorted by expert (stable, so in token order) and the offset of each expert's first slot."""
+        flat_S = self.index_TK.reshape(-1)
+        counts_E = torch.bincount(flat_S, minlength=self.num_experts)[: self.num_experts]
+        offsets = torch.zeros(self.num_experts + 1, dtype=torch.int64)
+        offsets[1:] = counts_E.cumsum(0)
+        return flat_S.argsort(stable=True), offsets
+
+    @cached_property
+    def counts_E(self) -> Tensor:
+        """[E] int64: tokens routed to each expert."""
+        return self._slots[1].diff()
+
+    def slots(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Token indices [N] routed to an expert, and the flat slot indices [N] they were routed by."""
+        order_S, offsets = self._slots
+        slots_N = order_S[offsets[expert] : offsets[expert + 1]]
+        return slots_N // self.index_TK.shape[1], slots_N
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Token indices [N] of an expert, and their weights [N] float64 on the device."""
+        tokens_N, slots_N = self.slots(expert)
+        return tokens_N, self.slot_weight_TK.reshape(-1)[slots_N].to(self.device)
+
+    @cached_property
+    def _weights_E(self) -> Tensor:
+        weights_E = torch.stack([self.rows(expert)[1].sum() for expert in range(self.num_experts)])
+        return weights_E.clamp_min(_LEAST_SHARE * weights_E.mean())
+
+    @cached_property
+    def layer_moments(self) -> Moments:
+        """Input moments of the whole layer."""
+        moments = Moments.zeros(self.x_TH.shape[1], self.device)
+        w_T = self.slot_weight_TK.sum(1)
+        for start in range(0, len(w_T), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            moments = moments.merge(Moments.of(self.x_TH[rows].to(self.device), w_T[rows].to(self.device)))
+        return moments
+
+    @cached_property
+    def _pool(self) -> tuple[Tensor, Tensor]:
+        tokens = self.x_TH.shape[0]
+        step = max(1, tokens // _POOL_TOKENS)
+        index_P = torch.arange(0, tokens, step)[:_POOL_TOKENS]
+        return index_P, self.slot_weight_TK.sum(1)[index_P].to(self.device)
+
+    def weight(self, expert: int) -> float:
+        """See `Population`; the summed weight of the expert's tokens."""
+        return float(self._weights_E[expert])
+
+    def covariance(self, experts: range, ridge: float) -> Tensor:
+        if len(experts) == self.num_experts:
+            return ridged(self.layer_moments.mean(), ridge)
+        index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
+        own = Moments.of(self.inputs(index_N), w_N)
+        share = self._share(index_N, w_N, self.x_TH.shape[1])
+        return ridged(share * own.mean() + (1 - share) * self.layer_moments.mean(), ridge)
+
+    def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
+        index_N, w_N = self.rows(expert)
+        share = self._share(index_N, w_N, self.x_TH.shape[1])
+        if share == 0.0:
+            return prior_HR
+        x_NH = self.inputs(index_N).to(b_RH.dtype)
+        p_N = w_N / w_N.sum()
+        level = (x_NH.double().square().mean(1) @ p_N).to(b_RH.dtype)
+        own_HR = (1 - ridge) * cross(x_NH, x_NH @ b_RH.T, p_N).to(b_RH.dtype) + ridge * level * b_RH.T
+        return share * own_HR + (1 - share) * prior_HR
+
+    def _share(self, index_N: Tensor, w_N: Tensor, size: int) -> float:
+        return trust(len(index_N), size, self.shrinkage) if float(w_N.sum()) > 0 else 0.0
+
+    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor]:
+        index_N, w_N = self.rows(expert)
+        share = self._share(index_N, w_N, size)
+        if share == 1.0:
+            return self.inputs(index_N), w_N / w_N.sum()
+        index_P, w_P = self._pool
+        own_N = share * w_N / w_N.sum() if share > 0 else torch.zeros_like(w_N)
+        return self.inputs(torch.cat([index_N, index_P])), torch.cat([own_N, (1 - share) * w_P / w_P.sum()])

@@ -1,0 +1,229 @@
+"""The dense model that is compressed: a checkpoint on disk, read one layer at a time, or a model in memory.
+
+Both look the same to a run: which experts there are, the dense weights of one of them, and decoder layers that can be
+called. Opening a checkpoint reads headers only, and refuses there whatever could not be compressed later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from molae_compress.adapters import decoder_layers, dense_experts, find_experts
+from molae_compress.adapters.keys import KeyMap
+from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton
+from molae_compress.calibration.walk import set_submodule
+from molae_compress.checkpoint import Checkpoint, refuse_quantized, resolve_model
+from molae_compress.errors import CheckpointError, RecipeError
+from molae_compress.modeling.latent import LatentExperts
+from molae_compress.modeling.quantizer import MolaeConfig
+from molae_compress.stock import describe
+from molae_compress.recipe import Recipe
+from molae_compress.tensors import DenseExperts, ExpertsSpec
+
+
+class Source(Protocol):
+    """What a run needs of the dense model, wherever it lies."""
+
+    model: PreTrainedModel
+    specs: list[ExpertsSpec]
+    layers_path: str
+    layers: nn.ModuleList
+    device: torch.device
+
+    def dense(self, spec: ExpertsSpec) -> DenseExperts:
+        """The weights of one experts module, in the precision they are stored in."""
+
+    def dtype(self, spec: ExpertsSpec) -> torch.dtype:
+        """The precision the weights of an experts module are stored in."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer that can be called; its experts have no weights and need a stand-in."""
+
+    @contextmanager
+    def ends(self, *, head: bool) -> Iterator[None]:
+        """While open, what comes before the layers (and after them, with `head`) can be called."""
+
+
+@dataclass
+class DiskSource:
+    """A checkpoint folder: a skeleton on meta, and weights read when they are asked for."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    keys: KeyMap
+    specs: list[ExpertsSpec]
+    layers_path: str
+    layers: nn.ModuleList
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        experts: bool = True,
+    ) -> DiskSource:
+        """Finds the folder, checks its headers against the model class, and reads no weights.
+
+        With `experts` the model must be dense, and its layers come without the weights of their experts. Otherwise it may
+        be an artifact too, and layers come whole.
+
+        Raises:
+            CheckpointError: the folder, its files or their tensors are not those of the model.
+            ModelError: no routed experts, or ones that are not understood.
+        """
+        folder = resolve_model(model, revision=revision)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        quantized = config.to_dict().get("quantization_config")
+        latent = MolaeConfig(**quantized) if not experts and (quantized or {}).get("quant_method") == "molae" else None
+        if latent is None:
+            refuse_quantized(config.to_dict())
+        else:
+            del config.quantization_config  # the skeleton is dense until its experts are swapped
+        checkpoint = Checkpoint.open(folder)
+        bare = skeleton(config, trust_remote_code=trust_remote_code)
+        path, layers = decoder_layers(bare)
+        if latent is not None:
+            for name, shape in latent.shapes().items():
+                stock = bare.get_submodule(name)
+                set_submodule(bare, name, LatentExperts.from_stock(stock, describe(stock, name), shape))
+        keys = KeyMap(bare, checkpoint.entries)
+        if keys.missing:
+            some = sorted(keys.missing)
+            raise CheckpointError(
+                f"The checkpoint '{folder}' lacks {len(some)} tensors of {type(bare).__name__}, for example '{some[0]}'.",
+                why="Missing weights would be invented.",
+                remedy="Fetch the checkpoint again, with all its shards.",
+            )
+        source = cls(folder, checkpoint, bare, keys, find_experts(bare) if experts else [], path, layers, device)
+        for spec in source.specs:  # on meta: shapes are checked without reading a weight
+            keys.materialise(spec.name, source._meta)
+        return source
+
+    def _meta(self, key: str) -> torch.Tensor:
+        entry = self.checkpoint.entries[key]
+        return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
+
+    def dense(self, spec: ExpertsSpec) -> DenseExperts:
+        module = self.model.get_submodule(spec.name)
+        tensors = self.keys.materialise(spec.name, self.checkpoint.read)
+        own = {name.removeprefix(f"{spec.name}."): tensor.to(self.device) for name, tensor in tensors.items()}
+        return dense_experts(module, spec, own)
+
+    def dtype(self, spec: ExpertsSpec) -> torch.dtype:
+        key = min(self.keys.sources_of(spec.name))
+        return self.checkpoint.entries[key].torch_dtype
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        name = f"{self.layers_path}.{index}"
+        experts = [spec.name for spec in self.specs if spec.name.startswith(f"{name}.")]
+        for target in self._targets(name):
+            if not any(target.startswith(f"{module}.") for module in experts):
+                fill_(self.model, self.keys.materialise(target, self.checkpoint.read), self.device)
+        for module in self.layers[index].modules():
+            if isinstance(module, LatentExperts):
+                module.finish_loading_()
+        try:
+            yield self.layers[index]
+        finally:
+            empty_(self.layers[index])
+
+    @contextmanager
+    def ends(self, *, head: bool) -> Iterator[None]:
+        output = self.model.get_output_embeddings()
+        unused = [f"{name}." for name, module in self.model.named_modules() if module is output and not head]
+        for target in self._targets(""):
+            if not target.startswith((f"{self.layers_path}.", *unused)):
+                fill_(self.model, self.keys.materialise(target, self.checkpoint.read), self.device)
+        if head:
+            self.model.tie_weights()
+        for buffer_owner in self.model.modules():
+            for name in buffer_owner._non_persistent_buffers_set:
+                buffer = buffer_owner._buffers[name]
+                if buffer is not None:
+                    buffer_owner._buffers[name] = buffer.to(self.device)
+        try:
+            yield
+        finally:
+            empty_(self.model)
+
+    def _targets(self, module: str) -> list[str]:
+        prefix = f"{module}." if module else ""
+        return [target for target in self.keys.targets if target.startswith(prefix)]
+
+
+@dataclass
+class LiveSource:
+    """A model in memory: nothing is read, nothing is freed."""
+
+    model: PreTrainedModel
+    specs: list[ExpertsSpec]
+    layers_path: str
+    layers: nn.ModuleList
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LiveSource:
+        """Looks at a model in memory; raises `ModelError` as `find_experts`."""
+        path, layers = decoder_layers(model)
+        return cls(model, find_experts(model), path, layers, model.device)
+
+    def dense(self, spec: ExpertsSpec) -> DenseExperts:
+        return dense_experts(self.model.get_submodule(spec.name), spec)
+
+    def dtype(self, spec: ExpertsSpec) -> torch.dtype:
+        return next(self.model.get_submodule(spec.name).parameters()).dtype
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        yield self.layers[index]
+
+    @contextmanager
+    def ends(self, *, head: bool) -> Iterator[None]:
+        yield
+
+
+def chosen(specs: list[ExpertsSpec], recipe: Recipe) -> list[ExpertsSpec]:
+    """The experts modules a recipe compresses: all but those its `ignore` names.
+
+    Raises:
+        RecipeError: an `ignore` entry matches no module, or nothing is left.
+    """
+    names = [spec.name for spec in specs]
+    ignored: set[str] = set()
+    for entry in recipe.ignore:
+        pattern = entry.removeprefix("re:") if entry.startswith("re:") else re.escape(entry)
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        if not matched:
+            raise RecipeError(
+                f"`ignore: {entry}` matches no experts module.",
+                why=f"The modules are {names[0]} … {names[-1]}.",
+                remedy="Give a module name, or `re:` and a pattern that matches whole names.",
+            )
+        ignored |= matched
+    left = [spec for spec in specs if spec.name not in ignored]
+    if not left:
+        raise RecipeError("`ignore` matches all experts modules.", remedy="Leave some to compress.")
+    return left
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is a GPU if there is one, else the CPU; one layer at a time lives there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

@@ -1,0 +1,212 @@
+"""Routed experts are found by structure, described exactly, and refused loudly where the structure is unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from molae_compress.adapters import (
+    decoder_layers,
+    dense_experts,
+    expert_parameter_names,
+    find_experts,
+    store_dense_,
+)
+from molae_compress.errors import ModelError
+from molae_compress.tensors import ExpertsSpec
+from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, tiny_ids, tiny_model
+
+
+def expected_specs(family: str) -> list[ExpertsSpec]:
+    odd = {"has_bias": True, "is_transposed": True, "interleaved": True} if family == "gpt_oss" else {}
+    layers = (1, 2) if family == "deepseek_v3" else (0, 1)
+    return [
+        ExpertsSpec(f"model.layers.{i}.mlp.experts", i, EXPERTS, HIDDEN, INTERMEDIATE, top_k=TOP_K, **odd)
+        for i in layers
+    ]
+
+
+def on_meta(family: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_model(family).config)
+
+
+def test_families_are_described_alike_live_and_on_meta(family: str) -> None:
+    model = tiny_model(family)
+    assert find_experts(model) == find_experts(on_meta(family)) == expected_specs(family)
+    with torch.inference_mode():
+        assert find_experts(model) == expected_specs(family)
+    path, layers = decoder_layers(model)
+    assert path == "model.layers"
+    assert layers is model.model.layers
+
+
+def test_dense_weights_compute_what_the_module_computes(family: str) -> None:
+    model = tiny_model(family)
+    spec = find_experts(model)[0]
+    experts = model.get_submodule(spec.name)
+    dense = dense_experts(experts, spec)
+    assert dense.w_in_EJH.shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN)
+    assert dense.w_out_EHI.shape == (EXPERTS, HIDDEN, INTERMEDIATE)
+    assert dense.w_in_EJH.data_ptr() == experts.gate_up_proj.data_ptr()  # a view
+    x_TH = torch.randn(6, HIDDEN)
+    for e in range(EXPERTS):
+        with torch.no_grad():
+            expected = experts(x_TH, torch.full((6, 1), e), torch.ones(6, 1))
+        y_TH = dense.intermediate(e, x_TH) @ dense.w_out_EHI[e].T
+        y_TH = y_TH if dense.bias_out_EH is None else y_TH + dense.bias_out_EH[e]
+        torch.testing.assert_close(y_TH, expected)
+
+
+def test_channel_of_row_is_what_the_activation_reads(family: str) -> None:
+    model = tiny_model(family)
+    spec = find_experts(model)[0]
+    activate = dense_experts(model.get_submodule(spec.name), spec).activate
+    h_J = torch.full((spec.rows,), 0.1)
+    for row, channel in enumerate(spec.channel_of_row().tolist()):
+        moved_J = h_J.clone()
+        moved_J[row] += 0.1
+        assert (activate(moved_J[None]) - activate(h_J[None]))[0].nonzero().tolist() == [[channel]]
+
+
+def test_weights_from_disk_serve_a_module_on_meta(family: str) -> None:
+    model, skeleton = tiny_model(family), on_meta(family)
+    spec = find_experts(skeleton)[0]
+    live, empty = model.get_submodule(spec.name), skeleton.get_submodule(spec.name)
+    weights = {name: getattr(live, name).detach() for name in expert_parameter_names(spec)}
+    dense, reference = dense_experts(empty, spec, weights), dense_experts(live, spec)
+    x_NH = torch.randn(3, HIDDEN)
+    assert torch.equal(dense.intermediate(1, x_NH), reference.intermediate(1, x_NH))
+    with pytest.raises(ModelError, match=r"experts\.down_proj' are not in memory"):
+        dense_experts(empty, spec, {k: v for k, v in weights.items() if k != "down_proj"})
+    with pytest.raises(ModelError, match="gate_up_proj' are not in memory"):
+        dense_experts(empty, spec)
+    with pytest.raises(ModelError, match=r"\(3, 4, 5\)"):
+        dense_experts(empty, spec, weights | {"gate_up_proj": torch.zeros(3, 4, 5)})
+    store_dense_(empty, dense)
+    assert {name: tuple(p.shape) for name, p in empty.named_parameters()} == {
+        name: tuple(p.shape) for name, p in live.named_parameters()
+    }
+    assert all(torch.equal(getattr(empty, name), getattr(live, name)) for name in weights)
+
+
+def test_the_activation_keeps_no_weights_alive(family: str) -> None:
+    model = tiny_model(family)
+    spec = find_experts(model)[0]
+    owner: Any = dense_experts(model.get_submodule(spec.name), spec).activate.__self__  # type: ignore[attr-defined]
+    assert not list(owner.parameters())
+    assert len(list(model.get_submodule(spec.name).parameters())) == len(expert_parameter_names(spec))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+class OddExperts(nn.Module):
+    """Fused experts that no decorator marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN))
+        self.w2 = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE))
+
+
+class Mixture(nn.Module):
+    """Stacked matrices under names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(EXPERTS, 4, HIDDEN))
+        self.b = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 4))
+
+
+class SharedStack(nn.Module):
+    """Shared experts kept as stacks, one matrix each for gate and up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Parameter(torch.zeros(2, HIDDEN, HIDDEN)) for _ in range(3))
+
+
+def test_a_dense_model_is_refused_with_what_was_looked_at() -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match="No routed experts were found in LlamaForCausalLM") as refusal:
+        find_experts(model)
+    assert "named after experts: none" in str(refusal.value)
+    model.model.expert_gate = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match=r"'model\.expert_gate' \(Linear\)"):
+        decoder_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "stranger"),
+    [("experts", nn.ModuleList([nn.Linear(4, 4)])), ("ffn", OddExperts()), ("ffn", Mixture())],
+    ids=["a list of experts", "named by its class", "stacked matrices"],
+)
+def test_experts_beside_those_understood_are_never_skipped(attribute: str, stranger: nn.Module) -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[1].add_module(attribute, stranger)
+    with pytest.raises(ModelError, match=rf"'model\.layers\.1\.{attribute}' \({type(stranger).__name__}\)"):
+        find_experts(model)
+
+
+def test_shared_experts_are_left_alone() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[0].add_module("shared_experts", OddExperts())
+    model.model.layers[1].add_module("ffn", SharedStack())
+    assert find_experts(model) == expected_specs("olmoe")
+
+
+def test_a_known_flag_with_an_unknown_structure_is_refused() -> None:
+    def refused(message: str, **changes: object) -> None:
+        model = tiny_model("olmoe")
+        experts = model.model.layers[1].mlp.experts
+        for name, value in changes.items():
+            setattr(experts, name, value)
+        with pytest.raises(ModelError, match=rf"model\.layers\.1\.mlp\.experts.*{message}"):
+            find_experts(model)
+
+    refused("normalises the output", has_post_expert_norm=True)
+    refused("split over several devices", _is_expert_parallel=True)
+    refused("'extra'", extra=nn.Parameter(torch.zeros(1)))
+    refused("down_proj_bias", has_bias=True)
+    refused("do not fit together", is_transposed=True)
+    refused("rows as they alternate", is_concatenated=False)
+    refused("where stacks of matrices", down_proj=nn.Parameter(torch.zeros(4, 4)))
+
+
+def test_experts_per_token_come_from_the_router_or_the_configuration() -> None:
+    model = tiny_model("qwen3_moe")
+    for layer in model.model.layers:
+        del layer.mlp.gate.top_k
+    model.config.num_experts_per_tok = 3
+    assert {spec.top_k for spec in find_experts(model)} == {3}
+    model.model.layers[1].mlp.experts.config = SimpleNamespace()
+    with pytest.raises(ModelError, match="num_experts_per_tok"):
+        find_experts(model)
+
+
+def test_experts_in_several_stacks_have_no_one_list_of_layers() -> None:
+    model = tiny_model("olmoe")
+    model.encoder = nn.ModuleList([tiny_model("olmoe").model.layers[0]])
+    with pytest.raises(ModelError, match=r"2 stacks of layers: encoder, model\.layers"):
+        decoder_layers(model)
+
+
+def test_saved_tiny_models_are_complete(family: str, checkpoint: Any, sharded_checkpoint: Any) -> None:
+    folders: list[Path] = [checkpoint(family), sharded_checkpoint(family)]
+    assert [len(list(folder.glob("*.safetensors"))) > 1 for folder in folders] == [False, True]
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tiny_ids()).logits, tiny_model(family)(tiny_ids()).logits)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.decode(tokenizer("Any text: äß\n").input_ids) == "Any text: äß\n"
