@@ -14,9 +14,9 @@ from molae_compress.modeling.quantizer import installed_version, register
 
 if TYPE_CHECKING:
     from molae_compress.apply import plan, run
-    from molae_compress.compress import compress_
     from molae_compress.evaluation import Evaluation, evaluate
     from molae_compress.expansion import expand
+    from molae_compress.inplace import compress_
     from molae_compress.modeling.expand import expand_
     from molae_compress.planning import Plan
     from molae_compress.recipe import Recipe
@@ -30,7 +30,7 @@ _HOMES = {
     "Recipe": "molae_compress.recipe",
     "Report": "molae_compress.report",
     "Verification": "molae_compress.verification",
-    "compress_": "molae_compress.compress",
+    "compress_": "molae_compress.inplace",
     "evaluate": "molae_compress.evaluation",
     "expand": "molae_compress.expansion",
     "expand_": "molae_compress.modeling.expand",

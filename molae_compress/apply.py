@@ -30,11 +30,12 @@ from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
 from molae_compress.errors import DataError, QualityGateError, RecipeError, ResumeError
 from molae_compress.evaluation import Evaluation, evaluate
 from molae_compress.modeling.quantizer import installed_version
-from molae_compress.planning import Plan, make_plan
+from molae_compress.planning import Plan
 from molae_compress.recipe import Recipe
-from molae_compress.report import CalibrationReport, Report, installed_versions, model_card, warnings_for
+from molae_compress.report import Report, model_card
 from molae_compress.source import DiskSource, choose_device
 from molae_compress.stream import STAGE as HIDDEN
+from molae_compress.summary import plan_of, summarise
 
 
 def plan(
@@ -117,7 +118,16 @@ def run(
         with job.timed("evaluate"):
             evaluation = job.evaluation(staging, progress)
         job.timings["total"] = time.monotonic() - started
-        report = job.report(final, shapes, evaluation, {file.name: file.sha256 for file in shards.files})
+        report = summarise(
+            job.run,
+            shapes,
+            model=str(recipe.model),
+            timings=job.timings,
+            data_sha256=job.data_sha256,
+            evaluation=evaluation,
+            files={file.name: file.sha256 for file in shards.files},
+            source_fingerprint=job.source.checkpoint.fingerprint(),
+        )
         base_card = job.source.folder / "README.md"
         base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
         write_file(staging / "README.md", model_card(report, base_text).encode())
@@ -163,7 +173,9 @@ class _Job:
         if calibration is None:
             return
         if calibration.data is None:
-            raise DataError("`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out.")
+            raise DataError(
+                "`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out."
+            )
         texts = read_texts(calibration.data, calibration.column)
         tokenizer = AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=self.trust_remote_code)
         self.run.windows_NL = token_windows(
@@ -187,27 +199,7 @@ class _Job:
 
     def plan(self, shapes: Shapes, *, measured: bool) -> Plan:
         """Adds up what the shapes mean for this checkpoint."""
-        source, calibration = self.source, self.recipe.calibration
-        tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
-        if self.run.windows_NL is not None:
-            tokens = self.run.windows_NL.numel()
-        experts = tuple(f"{spec.name}." for spec in source.specs)
-        by_layer: dict[str, int] = {}
-        for name, tensor in source.model.state_dict().items():
-            if name.startswith(f"{source.layers_path}.") and not name.startswith(experts):
-                layer = name.removeprefix(f"{source.layers_path}.").split(".")[0]
-                by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
-        return make_plan(
-            str(self.recipe.model),
-            source.specs,
-            shapes,
-            dense_dtypes={spec.name: source.dtype(spec) for spec in source.specs},
-            dtypes={spec.name: self.run.dtype(spec) for spec in source.specs},
-            source_bytes=sum(entry.nbytes for entry in source.checkpoint.entries.values()),
-            largest_layer_bytes=max(by_layer.values()),
-            tokens=tokens,
-            measured=measured,
-        )
+        return plan_of(self.run, shapes, model=str(self.recipe.model), measured=measured)
 
     def stage_inputs(self) -> dict[str, dict[str, str]]:
         """Everything the items of each stage follow from, for the work directory."""
@@ -222,7 +214,11 @@ class _Job:
         keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
         observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "output"))}
         observed |= {"refit.shrinkage": keys["refit.shrinkage"]}
-        return {OBSERVE: base | observed, SOLVE: base | keys, HIDDEN: base | (keys if self.recipe.refit.sequential else observed)}
+        return {
+            OBSERVE: base | observed,
+            SOLVE: base | keys,
+            HIDDEN: base | (keys if self.recipe.refit.sequential else observed),
+        }
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -247,30 +243,6 @@ class _Job:
             device=str(self.source.device),
             trust_remote_code=self.trust_remote_code,
             progress=progress,
-        )
-
-    def report(self, plan: Plan, shapes: Shapes, evaluation: Evaluation | None, files: dict[str, str]) -> Report:
-        """Everything that was done and measured."""
-        calibration = self.recipe.calibration
-        used = None
-        if self.run.windows_NL is not None and calibration is not None:
-            windows, length = self.run.windows_NL.shape
-            used = CalibrationReport(windows * length, windows, self.data_sha256, calibration.data or ())
-        layers = self.run.layer_reports(shapes)
-        return Report(
-            model=str(self.recipe.model),
-            recipe=yaml.safe_load(self.recipe.dump()),
-            recipe_fingerprint=self.recipe.fingerprint(),
-            plan=plan.to_dict(),
-            layers=layers,
-            calibration=used,
-            evaluation=evaluation.to_dict() if evaluation is not None else None,
-            warnings=warnings_for(layers, used, samples=calibration.samples if calibration is not None else None),
-            versions=installed_versions(),
-            timings={stage: round(seconds, 3) for stage, seconds in self.timings.items()},
-            files=files,
-            source={"fingerprint": self.source.checkpoint.fingerprint(), "bytes": plan.source_bytes},
-            artifact={"bytes": plan.artifact_bytes},
         )
 
 

@@ -39,7 +39,9 @@ def check_names(source: DiskSource, shapes: Shapes) -> None:
                 )
 
 
-def write_weights(folder: Path, source: DiskSource, shapes: Shapes, work: WorkDirectory, stage: str, recipe: Recipe) -> WrittenShards:
+def write_weights(
+    folder: Path, source: DiskSource, shapes: Shapes, work: WorkDirectory, stage: str, recipe: Recipe
+) -> WrittenShards:
     """Shards of the artifact: latent tensors from the work directory, everything else from the source checkpoint."""
     replaced: dict[str, str] = {}  # source key -> module whose latent form replaces it
     for name, shape in shapes.items():
@@ -56,17 +58,24 @@ def write_weights(folder: Path, source: DiskSource, shapes: Shapes, work: WorkDi
         elif module not in written:
             written.add(module)
             stored = Checkpoint.open(work.path(stage, module))
-            tensors += [TensorSource.stored(stored, name, f"{module}.{name}") for name in stored.entries]
+            tensors += [
+                TensorSource.stored(stored, name, source.keys.stored_name(f"{module}.{name}")) for name in stored.entries
+            ]
     assert_accounted(source.checkpoint.entries, replaced, copied)
     return write_shards(folder, tensors, max_shard_size=recipe.output.max_shard_size)
 
 
-def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: Recipe) -> None:
-    """Config with the latent shapes, recipe, and the source's tokenizer and generation files."""
-    for path in companion_files(source.folder):
-        target = folder / path.relative_to(source.folder)
+def copy_companions(folder: Path, source_folder: Path) -> None:
+    """Copies tokenizer, generation and licence files."""
+    for path in companion_files(source_folder):
+        target = folder / path.relative_to(source_folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: Recipe) -> None:
+    """Config with the latent shapes, recipe, and the source's tokenizer and generation files."""
+    copy_companions(folder, source.folder)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     entries = {name: shape.to_dict() for name, shape in shapes.items() if shape is not None}
     if entries:

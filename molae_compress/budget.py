@@ -15,6 +15,7 @@ from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
 
 _ALIGN = {"quality": 8, "serving": 64}
 _STEPS = 16  # an automatic alignment leaves at least this many ranks to choose from
+_KERNEL_STEP = 8  # ranks of the layer form are rows of the stock grouped kernels, which take multiples of 16 bytes
 
 Shapes = dict[str, LatentShape | None]  # module name -> shape, None where the layer stays dense
 
@@ -159,6 +160,12 @@ def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> Laten
     if rank == "full":
         return replace(shape, rank_in=full_in, rank_out=None if shape.rank_out is None else full_out)
     rank = int(rank)
+    if shape.form == "layer" and rank % _KERNEL_STEP:
+        raise RecipeError(
+            f"`budget.rank: {rank}` does not suit the layer form.",
+            why=f"Its ranks must be multiples of {_KERNEL_STEP} for the fused kernels that run it.",
+            remedy=f"Use {rank - rank % _KERNEL_STEP or _KERNEL_STEP}, or `basis.profile: quality`.",
+        )
     fixed = replace(shape, rank_in=min(rank, full_in), rank_out=None if shape.rank_out is None else min(rank, full_out))
     if rank > max(full_in, full_out) or fixed.numel(spec) >= spec.dense_numel:
         raise RecipeError(
@@ -171,11 +178,17 @@ def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> Laten
 
 def _ranks(recipe: Recipe, module: _Module) -> tuple[list[int], list[int]]:
     """Ranks that may be chosen on either side: multiples of the alignment, up to what holds any weights."""
-    align = recipe.budget.align
+    align, least = recipe.budget.align, _KERNEL_STEP if module.shape.form == "layer" else 1
     if align == "auto":
         align = _ALIGN[recipe.basis.profile]
-        while align > 1 and module.spec.hidden < _STEPS * align:
+        while align > least and module.spec.hidden < _STEPS * align:
             align //= 2
+    if align % least:
+        raise RecipeError(
+            f"`budget.align: {align}` does not suit the layer form.",
+            why=f"Its ranks must be multiples of {least} for the fused kernels that run it.",
+            remedy=f"Use a multiple of {least}, or `auto`.",
+        )
     full_in, full_out = full_ranks(module.spec, module.shape)
     return list(range(align, full_in + 1, align)) or [full_in], list(range(align, full_out + 1, align)) or [full_out]
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.budget import Shapes, shapes_for, template
 from molae_compress.calibration.walk import ObservedExperts, RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
-from molae_compress.errors import RecipeError
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.recipe import Recipe
-from molae_compress.report import LayerReport
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, layer_error, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Population, Uninformed
 from molae_compress.source import Source, chosen
@@ -93,7 +88,7 @@ class Run:
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         """Type of a module's latent tensors."""
         asked = self.recipe.output.dtype
-        return self.source.dtype(spec) if asked == "auto" else getattr(torch, asked)  # type: ignore[no-any-return]
+        return self.source.dtype(spec) if asked == "auto" else getattr(torch, asked)
 
     def needs_spectra(self) -> bool:
         """Whether ranks follow from measured spectra, so that all layers are looked at before any is solved."""
@@ -145,28 +140,6 @@ class Run:
         stored, info = self.work.load(SOLVE, spec.name)
         error = LayerError(**info["error"]) if info["error"] is not None else None
         return Solved(stored if tensors else {}, error, info["tokens_per_expert"], info["seconds"])
-
-    def layer_reports(self, shapes: Shapes) -> tuple[LayerReport, ...]:
-        """What was done to every module of the recipe, for the report."""
-        reports = []
-        for spec in self.specs:
-            shape = shapes[spec.name]
-            if shape is None:
-                reports.append(LayerReport(spec.name))
-                continue
-            solved = self.solved(spec, tensors=False)
-            reports.append(
-                LayerReport(
-                    name=spec.name,
-                    shape=shape.to_dict(),
-                    err_h=solved.error.err_h if solved.error else None,
-                    relative_error=solved.error.relative if solved.error else None,
-                    tokens_measured=solved.error.tokens if solved.error else 0,
-                    tokens_per_expert=tuple(solved.tokens_per_expert),
-                    seconds=round(solved.seconds, 3),
-                )
-            )
-        return tuple(reports)
 
     def _finish(self, spec: ExpertsSpec, solved: Solved) -> None:
         if self.work is None:

@@ -81,14 +81,12 @@ def evaluate(
     result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, experts=False)
     sources = {"result": result}
     if against is not None:
-        sources["original"] = DiskSource.open(
-            against, device=target, trust_remote_code=trust_remote_code, experts=False
-        )
+        sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, experts=False)
     tokenizer = AutoTokenizer.from_pretrained(result.folder, trust_remote_code=trust_remote_code)
     windows_NL = token_windows(
         read_texts(data, column), tokenizer, samples=samples, sequence_length=sequence_length, seed=None
     )
-    if int(windows_NL.max()) >= min(source.model.get_input_embeddings().weight.shape[0] for source in sources.values()):
+    if int(windows_NL.max()) >= min(source.vocabulary for source in sources.values()):
         raise DataError(
             "The tokenizer makes tokens that the model has no embedding for.",
             remedy="Give models that belong to the same tokenizer.",

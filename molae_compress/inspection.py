@@ -104,9 +104,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
         ModelError: it has no routed experts, or some that are not understood; the message says what was looked at.
     """
     source = DiskSource.open(model, revision=revision, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
-    experts = tuple(
-        FoundExperts(spec, type(source.model.get_submodule(spec.name)).__name__) for spec in source.specs
-    )
+    experts = tuple(FoundExperts(spec, type(source.model.get_submodule(spec.name)).__name__) for spec in source.specs)
     left_alone = _left_alone(source)
     expert_parameters = sum(spec.dense_numel for spec in source.specs)
     expert_keys = {key for spec in source.specs for key in source.keys.sources_of(spec.name)}

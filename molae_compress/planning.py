@@ -46,7 +46,7 @@ class Plan:
     """What a recipe does to a model. `print(plan)` shows it as a table; `to_dict()` is what `--json` prints.
 
     Attributes:
-        model: folder or hub id.
+        model: folder or hub id; None for a model in memory without a name.
         layers: one entry for every routed-experts module of the model.
         source_bytes, artifact_bytes: tensor bytes of the checkpoint and of the result.
         measured: the ranks follow from measured spectra (or from no spectra at all) and are final.
@@ -56,7 +56,7 @@ class Plan:
         tokens: calibration tokens.
     """
 
-    model: str
+    model: str | None
     layers: tuple[LayerPlan, ...]
     source_bytes: int
     artifact_bytes: int
@@ -112,9 +112,7 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def layer_plan(
-    spec: ExpertsSpec, shape: LatentShape | None, *, dense_dtype: torch.dtype, dtype: torch.dtype
-) -> LayerPlan:
+def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_dtype: torch.dtype, dtype: torch.dtype) -> LayerPlan:
     """Adds up one module; `dense_dtype` is that of the checkpoint, `dtype` that of the latent tensors."""
     K, H, I = spec.top_k, spec.hidden, spec.intermediate
     dense_macs, traffic = K * H * (spec.rows + I), 2 * K * H
@@ -150,7 +148,7 @@ def _work(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
 
 
 def make_plan(
-    model: str,
+    model: str | None,
     specs: Sequence[ExpertsSpec],
     shapes: Shapes,
     *,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,13 +19,11 @@ from transformers import PreTrainedModel
 
 from molae_compress.adapters import decoder_layers, dense_experts, find_experts
 from molae_compress.adapters.keys import KeyMap
-from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton
-from molae_compress.calibration.walk import set_submodule
+from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton, zero_computed_buffers_
 from molae_compress.checkpoint import Checkpoint, refuse_quantized, resolve_model
 from molae_compress.errors import CheckpointError, RecipeError
 from molae_compress.modeling.latent import LatentExperts
-from molae_compress.modeling.quantizer import MolaeConfig
-from molae_compress.stock import describe
+from molae_compress.modeling.quantizer import MolaeConfig, swap_
 from molae_compress.recipe import Recipe
 from molae_compress.tensors import DenseExperts, ExpertsSpec
 
@@ -44,6 +42,9 @@ class Source(Protocol):
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         """The precision the weights of an experts module are stored in."""
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -89,7 +90,9 @@ class DiskSource:
         folder = resolve_model(model, revision=revision)
         config = read_config(folder, trust_remote_code=trust_remote_code)
         quantized = config.to_dict().get("quantization_config")
-        latent = MolaeConfig(**quantized) if not experts and (quantized or {}).get("quant_method") == "molae" else None
+        latent = None
+        if not experts and quantized is not None and quantized.get("quant_method") == "molae":
+            latent = MolaeConfig(**quantized)
         if latent is None:
             refuse_quantized(config.to_dict())
         else:
@@ -98,9 +101,8 @@ class DiskSource:
         bare = skeleton(config, trust_remote_code=trust_remote_code)
         path, layers = decoder_layers(bare)
         if latent is not None:
-            for name, shape in latent.shapes().items():
-                stock = bare.get_submodule(name)
-                set_submodule(bare, name, LatentExperts.from_stock(stock, describe(stock, name), shape))
+            for swapped in swap_(bare, latent):
+                zero_computed_buffers_(bare.get_submodule(swapped))
         keys = KeyMap(bare, checkpoint.entries)
         if keys.missing:
             some = sorted(keys.missing)
@@ -113,6 +115,12 @@ class DiskSource:
         for spec in source.specs:  # on meta: shapes are checked without reading a weight
             keys.materialise(spec.name, source._meta)
         return source
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     def _meta(self, key: str) -> torch.Tensor:
         entry = self.checkpoint.entries[key]
@@ -127,6 +135,9 @@ class DiskSource:
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         key = min(self.keys.sources_of(spec.name))
         return self.checkpoint.entries[key].torch_dtype
+
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.checkpoint.entries.values())
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -188,6 +199,9 @@ class LiveSource:
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         return next(self.model.get_submodule(spec.name).parameters()).dtype
+
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -65,7 +65,12 @@ class ResidualStream:
             self._put(0, batch, self._arguments.embedded(ids_BL))
 
     def step(
-        self, module: nn.Module, experts: Mapping[str, nn.Module], recorders: Mapping[str, Recorder], *, advance: bool = True
+        self,
+        module: nn.Module,
+        experts: Mapping[str, nn.Module],
+        recorders: Mapping[str, Recorder],
+        *,
+        advance: bool = True,
     ) -> dict[str, RoutedTokens]:
         """Sends all windows through decoder layer `layer`, which is `module`.
 

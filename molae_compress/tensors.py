@@ -72,9 +72,7 @@ class ExpertsSpec:
     def gate_rows(self) -> tuple[Tensor, Tensor]:
         """Indices of the gate rows [I] and of the up rows [I], each in channel order."""
         channels_I = torch.arange(self.intermediate)
-        return (
-            (2 * channels_I, 2 * channels_I + 1) if self.interleaved else (channels_I, channels_I + self.intermediate)
-        )
+        return (2 * channels_I, 2 * channels_I + 1) if self.interleaved else (channels_I, channels_I + self.intermediate)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Reading, writing and resuming on disk: bit for bit, and what damaged or foreign files get."""
+"""Reading and writing checkpoints: bit for bit, and what damaged or foreign files get."""
 
 from __future__ import annotations
 
@@ -6,34 +6,26 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molae_compress.checkpoint import (
-    ArrayStore,
     Checkpoint,
     TensorSource,
-    WorkDirectory,
     assert_accounted,
     check_free_space,
     check_output_folder,
-    companion_files,
     publish,
     refuse_quantized,
-    resolve_model,
     write_safetensors,
     write_shards,
 )
@@ -309,7 +301,7 @@ def test_written_files_are_read_by_the_safetensors_library(tmp_path: Path) -> No
 
 
 def test_a_file_equals_the_one_the_library_writes(tmp_path: Path) -> None:
-    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7)}
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7), "A": tensor_of("U8", 3), "aa": tensor_of("BF16", 3)}
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     write_safetensors(tmp_path / "ours", [TensorSource.of(name, tensors[name]) for name in sorted(tensors)])
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -433,365 +425,3 @@ def test_every_source_tensor_is_replaced_or_copied() -> None:
     ]:
         with pytest.raises(CheckpointError, match=fragment):
             assert_accounted("abcd", replaced, copied)
-
-
-# ---------------------------------------------------------------- the work directory
-
-INPUTS = {"observe": {"model": "m1", "data": "d1"}, "solve": {"model": "m1", "data": "d1", "budget.keep": "0.6"}}
-
-
-def other(stage: str, **changes: str) -> dict[str, dict[str, str]]:
-    return INPUTS | {stage: INPUTS[stage] | changes}
-
-
-def fill(path: Path, **items: list[str]) -> None:
-    with WorkDirectory.open(path, stage_inputs=INPUTS) as work:
-        for stage, names in items.items():
-            for name in names:
-                work.commit(stage, name, {"x": torch.arange(4.0)}, {"loss": 0.1, "of": name})
-
-
-def test_committed_items_are_found_again(tmp_path: Path) -> None:
-    tensors = {f"t.{code}": tensor_of(code, 3, 5) for code in DTYPES}
-    info = {"loss": 0.1 + 0.2, "ranks": [1, 2], "name": "é"}
-    with WorkDirectory.open(tmp_path / "w", stage_inputs=INPUTS) as work:
-        work.commit("observe", "model.layers.0.mlp.experts", tensors, info)
-        work.commit("observe", "empty", {}, {})
-        first = work.path("observe", "model.layers.0.mlp.experts").read_bytes()
-        work.commit("observe", "model.layers.0.mlp.experts", tensors, info)
-        assert work.path("observe", "model.layers.0.mlp.experts").read_bytes() == first
-    with WorkDirectory.open(tmp_path / "w", stage_inputs=INPUTS) as work:
-        assert work.done("observe") == {"model.layers.0.mlp.experts", "empty"}
-        assert work.done("solve") == set()
-        loaded, loaded_info = work.load("observe", "model.layers.0.mlp.experts")
-        assert loaded_info == info
-        assert {name: bits(tensor) for name, tensor in loaded.items()} == {n: bits(t) for n, t in tensors.items()}
-        assert work.load("observe", "empty") == ({}, {})
-        work.remove()
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_commit_that_fails_leaves_the_item_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, observe=["0"])
-    before = (tmp_path / "observe/0.safetensors").read_bytes()
-
-    def fail(*paths: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with WorkDirectory.open(tmp_path, stage_inputs=INPUTS) as work:
-        monkeypatch.setattr(os, "replace", fail)
-        for item in ("0", "1"):
-            with pytest.raises(CheckpointError, match=r"Disk full.*resumes"):
-                work.commit("observe", item, {"x": torch.ones(2)}, {})
-        assert work.done("observe") == {"0"}
-    assert (tmp_path / "observe/0.safetensors").read_bytes() == before
-
-
-def test_damaged_items_and_leftovers_do_not_count(tmp_path: Path) -> None:
-    fill(tmp_path, observe=["0", "1"])
-    item = tmp_path / "observe/1.safetensors"
-    item.write_bytes(item.read_bytes()[:-1])
-    leftover = tmp_path / "observe/.2.safetensors.tmp"
-    leftover.write_bytes(b"half")
-    with WorkDirectory.open(tmp_path, stage_inputs=INPUTS) as work:
-        assert work.done("observe") == {"0"}
-        assert not leftover.exists()
-
-
-def test_other_inputs_do_not_resume_silently(tmp_path: Path) -> None:
-    fill(tmp_path, observe=["0", "1"], solve=["0"])
-    with pytest.raises(ResumeError) as caught:
-        WorkDirectory.open(
-            tmp_path, stage_inputs=other("solve", **{"budget.keep": "0.5", "new": "1"}), reusable={"observe"}
-        )
-    message = str(caught.value)
-    assert "1 finished items" in message
-    assert "solve: budget.keep: 0.6 -> 0.5; solve: new: absent -> 1." in message
-    assert "--fresh" in message
-    assert "(observe would be kept)" in message
-    assert "--work-dir" in message
-    assert "observe:" not in message
-    with WorkDirectory.open(tmp_path, stage_inputs=INPUTS) as work:
-        assert (work.done("observe"), work.done("solve")) == ({"0", "1"}, {"0"})
-
-
-def test_a_stage_that_is_gone_counts_as_different(tmp_path: Path) -> None:
-    fill(tmp_path, solve=["0"])
-    with pytest.raises(ResumeError, match=r"solve: budget\.keep: 0\.6 -> absent"):
-        WorkDirectory.open(tmp_path, stage_inputs={"observe": INPUTS["observe"]})
-
-
-def test_inputs_of_a_stage_without_items_may_change(tmp_path: Path) -> None:
-    fill(tmp_path, observe=["0"])
-    changed = other("solve", **{"budget.keep": "0.5"})
-    with WorkDirectory.open(tmp_path, stage_inputs=changed) as work:
-        assert work.done("observe") == {"0"}
-        work.commit("solve", "0", {}, {})
-    with pytest.raises(ResumeError, match=r"budget\.keep: 0\.5 -> 0\.6"):
-        WorkDirectory.open(tmp_path, stage_inputs=INPUTS)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "reusable", "kept"),
-    [
-        (INPUTS, set(), set()),
-        (INPUTS, {"observe"}, {"0"}),
-        (other("solve", **{"budget.keep": "0.5"}), {"observe"}, {"0"}),
-        (other("observe", data="d2"), {"observe"}, set()),
-    ],
-)
-def test_fresh_keeps_only_reusable_stages_with_equal_inputs(
-    tmp_path: Path, inputs: dict[str, dict[str, str]], reusable: set[str], kept: set[str]
-) -> None:
-    fill(tmp_path, observe=["0"], solve=["0"])
-    with WorkDirectory.open(tmp_path, stage_inputs=inputs, fresh=True, reusable=reusable) as work:
-        assert work.done("observe") == kept
-        assert work.done("solve") == set()
-
-
-def test_folders_of_others_are_never_touched(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    for fresh in (False, True):
-        with pytest.raises(ResumeError, match=r"thesis\.txt"):
-            WorkDirectory.open(tmp_path, stage_inputs=INPUTS, fresh=fresh)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(ResumeError, match="not a folder"):
-        WorkDirectory.open(tmp_path / "thesis.txt", stage_inputs=INPUTS)
-
-
-@pytest.mark.parametrize("manifest", ["{", "[]", '{"format": 99, "stages": {}}'])
-def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, manifest: str) -> None:
-    fill(tmp_path, observe=["0"])
-    (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ResumeError, match=r"manifest\.json"):
-        WorkDirectory.open(tmp_path, stage_inputs=INPUTS, fresh=True)
-    assert (tmp_path / "observe/0.safetensors").exists()
-
-
-def test_a_start_that_was_killed_leaves_a_directory_that_is_ours(tmp_path: Path) -> None:
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".manifest.json.tmp").write_text("{")
-    with WorkDirectory.open(tmp_path, stage_inputs=INPUTS) as work:
-        assert work.done("observe") == set()
-    assert not (tmp_path / ".manifest.json.tmp").exists()
-
-
-def test_two_processes_do_not_share_a_work_directory(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from molae_compress.checkpoint import WorkDirectory\n"
-        "from molae_compress.errors import ResumeError\n"
-        "try: WorkDirectory.open(Path(sys.argv[1]), stage_inputs={'a': {}})\n"
-        "except ResumeError as error: print(error)"
-    )
-
-    def second() -> str:
-        run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
-        return run.stdout
-
-    with WorkDirectory.open(tmp_path, stage_inputs={"a": {}}):
-        assert "in use by another process" in second()
-    assert second() == ""
-
-
-def test_a_run_killed_at_any_moment_leaves_whole_items(tmp_path: Path) -> None:
-    program = """
-import sys, torch
-from pathlib import Path
-from molae_compress.checkpoint import WorkDirectory
-work = WorkDirectory.open(Path(sys.argv[1]), stage_inputs={"observe": {}})
-print("ready", flush=True)
-for item in range(10**6):
-    work.commit("observe", str(item), {"x": torch.full((1 << 18,), float(item))}, {"item": item})
-"""
-    for delay in (0.02, 0.05, 0.11):
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    with WorkDirectory.open(tmp_path, stage_inputs={"observe": {}}) as work:
-        done = work.done("observe")
-        assert len(done) == len(list((tmp_path / "observe").iterdir()))
-        assert done
-        for item in done:
-            tensors, info = work.load("observe", item)
-            assert torch.equal(tensors["x"], torch.full((1 << 18,), float(item)))
-            assert info == {"item": int(item)}
-
-
-# ---------------------------------------------------------------- the array store
-
-
-@pytest.mark.parametrize("limit", [0, 200, 10**9])
-def test_array_store_gives_back_every_bit(tmp_path: Path, limit: int) -> None:
-    store = ArrayStore(tmp_path / "spill", memory_limit=limit)
-    special = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
-    tensors = [tensor_of(code, 4, 3) for code in DTYPES] + [torch.empty(0, 4), torch.randn(6, 8).T, special]
-    for i, tensor in enumerate(tensors):
-        store.put(i, tensor)
-    assert len(store) == len(tensors)
-    assert store.resident_bytes <= limit
-    assert (limit == 10**9) == (not (tmp_path / "spill").exists())
-    for i, tensor in enumerate(tensors):
-        assert store.get(i).shape == tensor.shape
-        assert store.get(i).dtype == tensor.dtype
-        assert bits(store.get(i)) == bits(tensor)
-    store.clear()
-    assert len(store) == store.resident_bytes == 0
-    assert not (tmp_path / "spill").exists()
-
-
-def test_array_store_replaces_and_accounts(tmp_path: Path) -> None:
-    store = ArrayStore(tmp_path, memory_limit=100)
-    store.put(0, torch.zeros(20))
-    store.put(1, torch.zeros(20))
-    assert (store.resident_bytes, len(list(tmp_path.iterdir()))) == (80, 1)
-    store.put(0, torch.ones(30))
-    store.put(1, torch.ones(25))
-    assert (store.resident_bytes, len(list(tmp_path.iterdir())), len(store)) == (100, 1, 2)
-    assert store.get(0).tolist() == [1.0] * 30
-    assert store.get(1).tolist() == [1.0] * 25
-
-
-def test_array_store_does_not_keep_the_whole_behind_a_view(tmp_path: Path) -> None:
-    store = ArrayStore(tmp_path, memory_limit=10**6)
-    whole = torch.zeros(1000)
-    store.put(0, whole[:10])
-    assert store.get(0).untyped_storage().nbytes() == 40
-
-
-def test_array_store_notices_a_lost_file(tmp_path: Path) -> None:
-    store = ArrayStore(tmp_path, memory_limit=0)
-    store.put(0, torch.zeros(20))
-    next(tmp_path.iterdir()).write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="removed or truncated"):
-        store.get(0)
-
-
-# ---------------------------------------------------------------- where a model comes from
-
-
-def test_an_existing_folder_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_model(str(tmp_path)) == tmp_path
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner/name").mkdir(parents=True)
-    assert resolve_model("owner/name") == Path("owner/name")
-    with pytest.raises(CheckpointError, match="revision 'v1' was given for the folder"):
-        resolve_model("owner/name", revision="v1")
-
-
-@pytest.mark.parametrize("model", ["./absent", "../absent/model", "/absent/model", "~/absent-model", "absent", "a/b/c"])
-def test_a_path_that_does_not_exist_never_reaches_the_hub(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
-    with pytest.raises(CheckpointError, match="does not exist"):
-        resolve_model(model)
-
-
-def test_a_misspelt_folder_gets_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/pocket-moe").mkdir(parents=True)
-    with pytest.raises(
-        CheckpointError, match=r"'models/poket-moe' does not exist\. Close to it are: models/pocket-moe\."
-    ):
-        resolve_model("models/poket-moe")
-    (tmp_path / "models/file").touch()
-    with pytest.raises(CheckpointError, match="is a file"):
-        resolve_model("models/file")
-
-
-# The hub's own classes want a response of its client, which is not to be built here: hence `__new__`.
-@pytest.mark.parametrize(
-    ("make", "fragment"),
-    [
-        (lambda: hub_errors.GatedRepoError.__new__(hub_errors.GatedRepoError), "gated.*hf auth login"),
-        (lambda: hub_errors.RepositoryNotFoundError.__new__(hub_errors.RepositoryNotFoundError), "neither a folder"),
-        (lambda: hub_errors.RevisionNotFoundError.__new__(hub_errors.RevisionNotFoundError), "no revision 'v1'"),
-        (lambda: hub_errors.HFValidationError("bad id"), "neither a folder"),
-        (lambda: hub_errors.LocalEntryNotFoundError("offline"), "at revision 'v1' is not in the local cache.*offline"),
-        (lambda: OSError("no space"), "download of the model 'owner/name'.*failed.*no space"),
-    ],
-)
-def test_errors_of_the_hub_become_ours(
-    make: Callable[[], Exception], fragment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        assert (repo_id, options["revision"]) == ("owner/name", "v1")
-        raise make()
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=fragment):
-        resolve_model("owner/name", revision="v1")
-
-
-def test_a_hub_id_is_downloaded_without_other_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fnmatch import fnmatch
-
-    monkeypatch.chdir(tmp_path)
-    taken: list[str] = []
-    offered = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "modeling_x.py", "LICENSE"]
-    offered += ["pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "x.gguf", "README.md"]
-
-    def snapshot_download(
-        repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
-    ) -> str:
-        taken.extend(
-            name
-            for name in offered
-            if any(fnmatch(name, p) for p in allow_patterns) and not any(fnmatch(name, p) for p in ignore_patterns)
-        )
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve_model("owner/name") == tmp_path
-    assert taken == offered[:5]
-
-
-def test_companions_are_everything_but_weights_config_and_card(tmp_path: Path) -> None:
-    wanted = [
-        "LICENSE",
-        "LICENSE.txt",
-        "NOTICE",
-        "added_tokens.json",
-        "additional_chat_templates/tool.jinja",
-        "chat_template.jinja",
-        "chat_template.json",
-        "configuration_deepseek.py",
-        "generation_config.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "qwen.tiktoken",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-    ]
-    unwanted = [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        INDEX,
-        "pytorch_model.bin",
-        "tokenizer.bin",
-        "model.pt",
-        "model.pth",
-        "tokenizer.gguf",
-        "vocab.onnx",
-        "training_log.json",
-        "recipe.yaml",
-        "original/tokenizer.model",
-    ]
-    for name in wanted + unwanted:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "tokenizer_folder").mkdir()
-    assert [str(path.relative_to(tmp_path)) for path in companion_files(tmp_path)] == sorted(wanted)

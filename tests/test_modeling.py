@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from molae_compress.adapters import dense_experts, find_experts
@@ -126,6 +127,15 @@ def test_backends_agree_with_the_dense_experts_they_stand_for(family: str, shape
         torch.testing.assert_close(latent(*routing).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_made_on_meta_takes_tensors_where_they_are(shape: LatentShape) -> None:
+    expected = some_latent("gpt_oss", shape)
+    stock = tiny_model("gpt_oss").to("meta").model.layers[-1].mlp.experts
+    latent = LatentExperts.from_stock(stock, expected.spec, shape)
+    assert all(tensor.is_meta for tensor in latent.state_dict().values())
+    latent.load_latent_(expected.latent_tensors())
+    assert torch.equal(latent(*some_routing()), expected(*some_routing()))
+
+
 def test_full_rank_identity_basis_changes_nothing(family: str) -> None:
     for name in ("layer", "orthonormal", "all columns"):
         model = tiny_model(family)
@@ -185,8 +195,9 @@ def test_bf16_runs_on_every_backend_and_keeps_its_type(shape: LatentShape) -> No
 
 
 @pytest.mark.parametrize("name", ["layer", "interpolative", "one group a side", "separate"])
-def test_the_moe_block_compiles_to_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = attach_all_(tiny_model("gpt_oss"), SHAPES[name])
+def test_the_moe_block_compiles_to_one_graph(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach_all_(tiny_model("gpt_oss"), SHAPES[name]).save_pretrained(tmp_path)
+    model = load(tmp_path)
     monkeypatch.delattr(Basis, "_derive_rest")  # not a part of the graph: it was done while loading
     block = model.model.layers[0].mlp
     x = torch.randn(1, 6, HIDDEN)
@@ -267,6 +278,19 @@ def test_device_map_auto(shape: LatentShape, tmp_path: Path) -> None:
     model = attach_all_(tiny_model("gpt_oss"), shape)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(realigned_(load(tmp_path, device_map="auto"))), logits(model))
+
+
+def test_what_is_not_stored_is_set_after_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave_garbage(self: PreTrainedModel, module: nn.Module) -> None:
+        if isinstance(bias := getattr(module, "down_proj_bias", None), Tensor):
+            bias.data.fill_(torch.nan)
+
+    model = attach_all_(tiny_model("gpt_oss"), SHAPES["layer"])
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(GptOssPreTrainedModel, "_init_weights", leave_garbage)
+    experts = load(tmp_path).model.layers[0].mlp.experts
+    assert experts.core.down_proj_bias.shape == (EXPERTS, 16)
+    assert not experts.core.down_proj_bias.any()
 
 
 def test_generate_with_cache_equals_without(family: str) -> None:

@@ -62,20 +62,29 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pr
 def _fill_computed_buffers(model: PreTrainedModel) -> None:
     """Rotary tables and the like are in no checkpoint: made as `from_pretrained` makes them, by the model's own code."""
     for module in model.modules():
-        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in computed:
-            module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
-        if computed:
+        if zero_computed_buffers_(module, recurse=False):
             model._init_weights(module)
 
 
-def fill_(root: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Gives parameters and buffers of `root` their values, by full name, in the types the model declares."""
+def zero_computed_buffers_(root: nn.Module, *, recurse: bool = True) -> bool:
+    """Takes buffers that no checkpoint stores off the meta device, as zeros on the CPU; returns whether there are any."""
+    found = False
+    for module in root.modules() if recurse else (root,):
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+                found = True
+    return found
+
+
+def fill_(root: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, *, keep_dtype: bool = False) -> None:
+    """Gives parameters and buffers of `root` their values, by full name, in the types the model declares or as stored."""
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
         module = root.get_submodule(parent)
         held: Any = module._parameters if leaf in module._parameters else module._buffers
-        dtype = held[leaf].dtype if tensor.is_floating_point() else tensor.dtype
+        dtype = tensor.dtype if keep_dtype or not tensor.is_floating_point() else held[leaf].dtype
         value = tensor.to(device=device, dtype=dtype)
         held[leaf] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
 

@@ -95,7 +95,7 @@ class Recorder:
         if self._filled != len(energy_T):
             raise ModelError(
                 f"Experts module '{name}' saw {self._filled} of {len(energy_T)} calibration tokens.",
-                why="The model does not send every token through it, so its inputs cannot be matched to the residual stream.",
+                why="The model does not send every token through it, so what it saw cannot be matched to tokens.",
                 remedy="List it under `ignore`, or compress data-free (no `calibration.data`).",
             )
         return RoutedTokens(self._x_TH, self._index_TK, self._gate_TK, energy_T)
@@ -203,10 +203,7 @@ class LayerArguments:
     def call(self, layer: int, module: nn.Module, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """[B,L,H]: decoder layer `layer`, here `module`, on given hidden states."""
         args, kwargs = self.of(layer, ids_BL)
-        if args:
-            out = module(hidden_BLH, *args[1:], **kwargs)
-        else:
-            out = module(**{**kwargs, "hidden_states": hidden_BLH})
+        out = module(hidden_BLH, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": hidden_BLH})
         result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from molae_compress.checkpoint.reader import Checkpoint, TensorEntry, check_finite, refuse_quantized
 from molae_compress.checkpoint.source import companion_files, resolve_model
-from molae_compress.checkpoint.spill import ArrayStore
 from molae_compress.checkpoint.work import WorkDirectory
 from molae_compress.checkpoint.writer import (
     TensorSource,
@@ -20,7 +19,6 @@ from molae_compress.checkpoint.writer import (
 )
 
 __all__ = [
-    "ArrayStore",
     "Checkpoint",
     "TensorEntry",
     "TensorSource",

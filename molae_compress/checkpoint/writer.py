@@ -132,7 +132,7 @@ def write_safetensors(
     path: Path, sources: Sequence[TensorSource], metadata: dict[str, str] | None = None
 ) -> WrittenFile:
     """Writes one safetensors file and forces it to disk; `metadata` is added to the string metadata of its header."""
-    # Larger types first, as the safetensors library orders them: it refuses tensors that are not aligned to their type.
+    # Larger types first, as the safetensors library orders them: programs that map the file need aligned tensors.
     ordered = sorted(sources, key=lambda source: -DTYPES[source.dtype].itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     position = 0

@@ -15,19 +15,21 @@ from molae_compress.cli.verbs import apply, evaluate, expand, inspect, plan, ver
 __all__ = ["main"]
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_START = """\b
+Start with:
+  molae-compress recipe new --output my.yaml
+  molae-compress plan my.yaml
+  molae-compress apply my.yaml --output compressed-model"""
+
+
+@click.group(cls=Verbs, epilog=_START, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=show_version, help="Show the version and exit."
 )
 def main() -> None:
     """Compress Mixture-of-Experts models into latent experts.
 
-    A recipe says what to do, the flags say where and how. Start with:
-
-    \b
-      molae-compress recipe new --output my.yaml
-      molae-compress plan my.yaml
-      molae-compress apply my.yaml --output compressed-model
+    A recipe says what to do, the flags say where and how.
     """
 
 

@@ -1,7 +1,6 @@
 """What all verbs share: how they fail, the options that several of them take, and how JSON is written.
 
-Nothing heavy is imported here or in any file of the command line, but inside the functions that need it: `--help` answers
-at once.
+Nothing heavy is imported at the head of any file of the command line, only inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -23,16 +22,17 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 class Failure(click.ClickException):
     """What the user sees of an error: a message on standard error, and the exit code."""
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
 class Verb(click.Command):
-    """A command that also takes `-v`."""
+    """A command that also takes `-v`, and ends its help with an example."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.epilog, self.example = f"\b\nExample:\n  {example}", example
         self.params.append(_verbose_option())
 
 
@@ -57,8 +57,8 @@ class Verbs(click.Group):
             message = "\n".join(part for part in (f"{error.what} {error.why}".strip(), error.remedy) if part)
             raise _failure(ctx, error, message, exit_code=3 if isinstance(error, QualityGateError) else 1) from error
         except KeyboardInterrupt as error:
-            again = " Run the same command again: it goes on after the last finished layer."
-            message = f"Interrupted.{again if ctx.invoked_subcommand == 'apply' else ''}"
+            again = " Run the same command again, it goes on after the last finished layer."
+            message = f"Interrupted.{again if ctx.invoked_subcommand in ('apply', 'expand') else ''}"
             raise _failure(ctx, error, message, exit_code=_INTERRUPTED) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
@@ -123,8 +123,7 @@ memory_option = click.option(
     "--max-memory",
     type=Size(),
     metavar="SIZE",
-    help="Calibration activations to keep in memory, for example 16GB; the rest goes to disk. Half of what is free if not "
-    "given.",
+    help="Calibration activations to keep in memory, e.g. 16GB; the rest goes to disk. Half of what is free if not given.",
 )
 
 
@@ -132,7 +131,9 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """The argument RECIPE, and the options that change values of it."""
     options: list[Decorator] = [
         click.argument("recipe"),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe. Repeatable."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe. Repeatable."
+        ),
         click.option("--model", metavar="MODEL", help="Folder or hub id, instead of the recipe's model."),
     ]
     for option in reversed(options):
@@ -155,9 +156,9 @@ def write_json(content: Mapping[str, Any]) -> None:
 
 def calm_libraries(*, quiet: bool) -> None:
     """Keeps the progress bars of transformers out of ours, and with `quiet` also those of downloads."""
-    import huggingface_hub.utils
     import transformers.utils.logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     transformers.utils.logging.disable_progress_bar()
     if quiet:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()

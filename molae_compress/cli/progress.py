@@ -56,6 +56,7 @@ class Lines:
         self._pace = Pace(0, 0.0)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        """Told of a stage, what is done of it, and of how much."""
         now, is_new = self._clock(), stage != self._stage
         if is_new:
             self._stage, self._pace = stage, Pace(done, now)
@@ -75,6 +76,7 @@ class Bars:
         self._waiting: TaskID | None = bars.add_task("starting", total=None, left="")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        """Told of a stage, what is done of it, and of how much."""
         now = self._clock()
         if self._waiting is not None:
             self._bars.remove_task(self._waiting)

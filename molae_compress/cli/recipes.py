@@ -20,16 +20,11 @@ def recipe() -> None:
     """Start a recipe, list those that come with the package, show the schema."""
 
 
-@recipe.command(cls=Verb)
+@recipe.command(cls=Verb, example="molae-compress recipe new mixtral --output my.yaml")
 @click.argument("name", default=_DEFAULT)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="File to write, instead of standard output.")
 def new(name: str, output: Path | None) -> None:
-    """Start from a recipe that comes with the package; `recipe list` names them.
-
-    \b
-    Example:
-      molae-compress recipe new mixtral --output my.yaml
-    """
+    """Start from a recipe that comes with the package; `recipe list` names them."""
     from molae_compress.recipe import bundled_recipes
 
     bundled = bundled_recipes()
@@ -53,31 +48,23 @@ def new(name: str, output: Path | None) -> None:
     click.echo(f"Wrote {output}. Set `model` in it, then: molae-compress plan {output}", err=True)
 
 
-@recipe.command("list", cls=Verb)
+@recipe.command("list", cls=Verb, example="molae-compress recipe list")
 def list_recipes() -> None:
-    """List the recipes that come with the package; their names stand for the files everywhere.
-
-    \b
-    Example:
-      molae-compress recipe list
-    """
+    """List the recipes that come with the package; their names stand for the files everywhere."""
     from molae_compress.recipe import bundled_recipes
 
-    rows = [
-        (name, path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for name, path in bundled_recipes().items()
-    ]
-    for line in columns(rows):
+    for line in columns([(name, _first_sentence(path)) for name, path in bundled_recipes().items()]):
         click.echo(line)
 
 
-@recipe.command(cls=Verb)
+@recipe.command(cls=Verb, example="molae-compress recipe schema > recipe.schema.json")
 def schema() -> None:
-    """Write the JSON schema of recipes, for editors and programs.
-
-    \b
-    Example:
-      molae-compress recipe schema > recipe.schema.json
-    """
+    """Write the JSON schema of recipes, for editors and programs."""
     from molae_compress.recipe import Recipe
 
     click.echo(json.dumps(Recipe.schema(), indent=2, ensure_ascii=False))
+
+
+def _first_sentence(path: Path) -> str:
+    """Of the comment that every bundled recipe starts with."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").partition(". ")[0].rstrip(".")

@@ -26,7 +26,9 @@ def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iter
 def show_inspection(found: Inspection) -> None:
     """What was found in a model."""
     click.echo(f"{found.model}: {found.model_class} ({found.model_type})\n")
-    rows = [("routed experts", "", "class", "experts", "used", "hidden", "inner", "parameters")]
+    rows: list[Sequence[str]] = [
+        ("routed experts", "", "class", "experts", "per token", "hidden", "intermediate", "parameters")
+    ]
     for pattern, members in found.by_pattern().items():
         spec = members[0].spec
         sizes = (spec.num_experts, spec.top_k, spec.hidden, spec.intermediate, sum(m.spec.dense_numel for m in members))
@@ -39,7 +41,8 @@ def show_inspection(found: Inspection) -> None:
     for line in columns(rows, right=(1, 2)):
         click.echo(line)
     if found.unknown_tensors:
-        click.echo(f"and {len(found.unknown_tensors)} tensors that the class does not know, such as {found.unknown_tensors[0]}")
+        unknown = found.unknown_tensors
+        click.echo(f"and {len(unknown)} tensors that the class does not know, such as {unknown[0]}")
     share = found.expert_parameters / found.parameters
     click.echo(f"\nrouted experts hold {found.expert_parameters:,} of {found.parameters:,} parameters ({share:.1%})")
 

@@ -16,17 +16,12 @@ verb = partial(click.command, cls=command.Verb)
 artifact_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
-@verb(short_help="Show the routed experts of a model.")
+@verb(short_help="Show the routed experts of a model.", example="molae-compress inspect Qwen/Qwen3-30B-A3B")
 @click.argument("model")
 @command.trust_option
 @command.json_option
 def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
-    """Show which routed experts MODEL has, and what a run would leave alone. Reads no weights.
-
-    \b
-    Example:
-      molae-compress inspect Qwen/Qwen3-30B-A3B
-    """
+    """Show which routed experts MODEL has, and what a run would leave alone. Reads no weights."""
     from molae_compress.inspection import inspect as look
 
     command.calm_libraries(quiet=False)
@@ -34,7 +29,9 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
     command.write_json(found.to_dict()) if as_json else tables.show_inspection(found)
 
 
-@verb(short_help="Show what a recipe would do. Reads no weights.")
+@verb(
+    short_help="Show what a recipe would do. Reads no weights.", example="molae-compress plan qwen_moe --set budget.keep=0.5"
+)
 @command.recipe_options
 @command.trust_option
 @command.json_option
@@ -42,10 +39,6 @@ def plan(recipe: str, overrides: tuple[str, ...], model: str | None, trust_remot
     """Show what RECIPE would do: ranks, sizes, and what the run needs. Reads no weights.
 
     RECIPE is a file, or the name of a recipe that comes with the package.
-
-    \b
-    Example:
-      molae-compress plan qwen_moe --set budget.keep=0.5
     """
     import molae_compress as molae
 
@@ -55,7 +48,10 @@ def plan(recipe: str, overrides: tuple[str, ...], model: str | None, trust_remot
     command.write_json(found.to_dict()) if as_json else click.echo(str(found))
 
 
-@verb(short_help="Compress the model of a recipe into a new folder.")
+@verb(
+    short_help="Compress the model of a recipe into a new folder.",
+    example="molae-compress apply my.yaml --output qwen3-molae --max-memory 16GB",
+)
 @command.recipe_options
 @click.option("--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @command.device_option
@@ -83,10 +79,6 @@ def apply(
 
     RECIPE is a file, or the name of a recipe that comes with the package. Exit code 3 says that the result is complete
     but fails the recipe's `gate`.
-
-    \b
-    Example:
-      molae-compress apply my.yaml --output qwen3-molae --max-memory 16GB
     """
     import molae_compress as molae
 
@@ -101,7 +93,10 @@ def apply(
     _show_result(report, output, as_json)
 
 
-@verb(short_help="Measure perplexity, and the distance to the original.")
+@verb(
+    short_help="Measure perplexity, and the distance to the original.",
+    example="molae-compress evaluate qwen3-molae --against Qwen/Qwen3-30B-A3B --data my.jsonl",
+)
 @artifact_argument
 @click.option("--data", multiple=True, metavar="SOURCE", help="Text file, dataset or python-docs:heldout. Repeatable.")
 @click.option("--against", metavar="MODEL", help="The original, to measure the distance to it.")
@@ -125,10 +120,6 @@ def evaluate(
     """Measure perplexity and, with --against, how far the predictions of the model in DIR are from the original's.
 
     Without --data, the text and the sizes are those that the recipe of DIR evaluates on.
-
-    \b
-    Example:
-      molae-compress evaluate qwen3-molae --against Qwen/Qwen3-30B-A3B --data my.jsonl
     """
     given = {key: value for key, value in text.items() if value not in (None, ())}
     asked = given if "data" in given else {**_recipe_text(folder), **given}
@@ -142,18 +133,13 @@ def evaluate(
     command.write_json(found.to_dict()) if as_json else tables.show_evaluation(found)
 
 
-@verb(short_help="Prove that a compressed model is whole and loads.")
+@verb(short_help="Prove that a compressed model is whole and loads.", example="molae-compress verify qwen3-molae")
 @artifact_argument
 @command.trust_option
 @command.quiet_option
 @command.json_option
 def verify(folder: Path, trust_remote_code: bool, quiet: bool, as_json: bool) -> None:
-    """Prove that the folder DIR is whole: files, hashes, tensors, and that it loads. Exit code 1 if it is not.
-
-    \b
-    Example:
-      molae-compress verify qwen3-molae
-    """
+    """Prove that the folder DIR is whole: files, hashes, tensors, and that it loads. Exit code 1 if it is not."""
     import molae_compress as molae
 
     command.calm_libraries(quiet=quiet)
@@ -167,7 +153,9 @@ def verify(folder: Path, trust_remote_code: bool, quiet: bool, as_json: bool) ->
         )
 
 
-@verb(short_help="Write a compressed model with dense experts again.")
+@verb(
+    short_help="Write a compressed model with dense experts again.", example="molae-compress expand qwen3-molae qwen3-dense"
+)
 @artifact_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @command.trust_option
@@ -176,10 +164,6 @@ def expand(folder: Path, out: Path, trust_remote_code: bool, quiet: bool) -> Non
     """Write the model in DIR with dense experts to OUT, for programs without this package.
 
     It has the size of the original again, and the quality of the compressed model.
-
-    \b
-    Example:
-      molae-compress expand qwen3-molae qwen3-dense
     """
     import molae_compress as molae
 

@@ -89,7 +89,9 @@ class LatentExperts(nn.Module):
         return y_TH.to(hidden_states.dtype)
 
     def load_latent_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes copies of the tensors of `LatentShape.tensors`, on the module's device and of its type.
+        """Takes copies of the tensors of `LatentShape.tensors`, of the module's type and on its device.
+
+        A module on meta takes them where they are.
 
         Raises:
             ModelError: a tensor is missing, unknown or of another shape, or pivots do not ascend inside their group.
@@ -100,7 +102,8 @@ class LatentExperts(nn.Module):
             parent, _, leaf = name.rpartition(".")
             holder = self.get_submodule(parent)
             old = getattr(holder, leaf)
-            value = tensor.detach().to(device=device, dtype=old.dtype, copy=True)
+            place = tensor.device if device.type == "meta" else device
+            value = tensor.detach().to(device=place, dtype=old.dtype, copy=True)
             # Replaced instead of written into: what is on meta holds no memory.
             setattr(holder, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
         self.finish_loading_()
@@ -111,7 +114,10 @@ class LatentExperts(nn.Module):
             if isinstance(module, Basis):
                 module.prepare()
         if self.shape.form == "layer" and self.spec.has_bias:
-            self.core.get_buffer("down_proj_bias").zero_()
+            zeros_ER = self.core.get_buffer("down_proj_bias")
+            if zeros_ER.is_meta:
+                zeros_ER = zeros_ER.new_empty(zeros_ER.shape, device=self.core.get_parameter("down_proj").device)
+            self.core.down_proj_bias = zeros_ER.zero_()
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """The stored tensors by the names of `LatentShape.tensors`, detached."""

@@ -88,12 +88,7 @@ class MolaeQuantizer(HfQuantizer):
         self._paths: list[str] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Swaps modules on the meta skeleton; all entries are checked before the first is swapped."""
-        wanted = {_resolve(model, name): shape for name, shape in self.quantization_config.shapes().items()}
-        specs = {path: describe(model.get_submodule(path), path) for path in wanted}
-        for path, shape in wanted.items():
-            _replace(model, path, LatentExperts.from_stock(model.get_submodule(path), specs[path], shape))
-        self._paths = list(wanted)
+        self._paths = swap_(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -137,6 +132,21 @@ class MolaeQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The forward pass has no graph breaks on `grouped_mm` and `batched_mm`."""
         return True
+
+
+def swap_(model: PreTrainedModel, config: MolaeConfig) -> list[str]:
+    """Puts empty latent experts where `config` names them, on the skeleton of a dense model; returns their paths.
+
+    All entries are checked before the first module is swapped.
+
+    Raises:
+        ModelError: a module does not exist, is not a stock experts module, or its shape is impossible.
+    """
+    wanted = {_resolve(model, name): shape for name, shape in config.shapes().items()}
+    specs = {path: describe(model.get_submodule(path), path) for path in wanted}
+    for path, shape in wanted.items():
+        _replace(model, path, LatentExperts.from_stock(model.get_submodule(path), specs[path], shape))
+    return list(wanted)
 
 
 def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Mapping[str, Tensor]]]) -> PreTrainedModel:

@@ -34,17 +34,17 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-**Without that import, transformers only warns and leaves the experts at random values**: the model loads, and answers nonsense.
-`molae-compress verify path/to/this/folder` checks the files, their hashes and that they load. For programs that cannot have
-the package, `molae-compress expand path/to/this/folder dense-model` writes ordinary dense experts: the size of the original
-model, the quality of this one."""
+**Without that import, transformers only warns and leaves the experts at random values**: the model loads, and answers
+nonsense. `molae-compress verify path/to/this/folder` checks the files, their hashes and that they load. For programs that
+cannot have the package, `molae-compress expand path/to/this/folder dense-model` writes ordinary dense experts: the size of
+the original model, the quality of this one."""
 
 _LIMITS = """\
 ## Limits
 
-- It is an approximation of the original model and inherits its limits and biases. Test it on your own task before relying on it.
-- It is closest to the original on text like the calibration text, and further away on other kinds of text.
-- Routers, shared experts, attention and embeddings are those of the original, bit for bit; only routed experts were changed."""
+- It is an approximation of the original model and inherits its limits and biases. Test it on your own task first.
+- Its distance to the original differs from text to text; calibrated models are closest on text like the calibration text.
+- Only routed experts were changed. Routers, shared experts, attention and embeddings are the original's, bit for bit."""
 
 
 def model_card(report: Report, base_readme: str | None) -> str:
@@ -101,7 +101,7 @@ def comparison(report: Report) -> list[tuple[str, str, str]]:
             original = evaluation.get(before) if before else None
             rows.append((name, "" if original is None else form.format(original), form.format(evaluation[after])))
     if report.err_h is not None:
-        rows.append(("err_h, squared error relative to the residual stream, summed over layers", "", f"{report.err_h:.4g}"))
+        rows.append(("err_h (error relative to the residual stream, over layers)", "", f"{report.err_h:.4g}"))
     return rows
 
 
@@ -113,7 +113,7 @@ def _front_matter(base: str | None, base_readme: str | None) -> dict[str, Any]:
 
 def _read_front_matter(readme: str) -> dict[str, Any]:
     """The front matter of a card; empty if there is none that YAML can read."""
-    match = _FRONT_MATTER.match(readme.removeprefix("\ufeff").replace("\r\n", "\n"))
+    match = _FRONT_MATTER.match(readme.removeprefix("\ufeff"))
     try:
         content = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
@@ -122,7 +122,7 @@ def _read_front_matter(readme: str) -> dict[str, Any]:
 
 
 def _base(model: str | None) -> str | None:
-    """The hub id of the original, or the name of its folder: where that folder lies is nobody's business."""
+    """The hub id of the original, or the name of its folder."""
     if model is None:
         return None
     is_hub_id = _HUB_ID.fullmatch(model) and not Path(model).is_dir()
@@ -130,11 +130,12 @@ def _base(model: str | None) -> str | None:
 
 
 def _introduction(base: str | None) -> str:
-    origin = f"[{base}](https://huggingface.co/{base})" if base and _HUB_ID.fullmatch(base) else f"`{base or 'a model'}`"
+    is_hub_id = base is not None and _HUB_ID.fullmatch(base)
+    origin = f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`" if base else "A model"
     return (
         f"# {base.rpartition('/')[2] if base else 'Model'}, latent experts\n\n"
-        f"{origin} with its routed experts compressed into latent experts by `molae_compress`: projections into a smaller "
-        "space that experts share, and small matrices of each expert inside it (Mixture of Latent Experts, "
+        f"{origin} with its routed experts compressed into latent experts by `molae_compress`: projections into a "
+        "smaller space that experts share, and small matrices of each expert inside it (Mixture of Latent Experts, "
         "[arXiv 2503.23100](https://arxiv.org/abs/2503.23100))."
     )
 
@@ -167,7 +168,9 @@ def _calibration(report: Report) -> str:
         text = "None: the compression was data-free, it looked at the weights alone."
     else:
         sources = ", ".join(f"`{source}`" for source in found.sources) or "text handed over in Python"
-        text = f"{found.tokens:,} tokens in {found.windows:,} windows from {sources}.\n\nSHA-256 of the text: `{found.sha256}`"
+        text = (
+            f"{found.tokens:,} tokens in {found.windows:,} windows from {sources}.\n\nSHA-256 of the text: `{found.sha256}`"
+        )
     return f"## Calibration text\n\n{text}"
 
 
@@ -185,7 +188,7 @@ def _layer_table(report: Report) -> str:
             "<details>",
             "<summary>Form, ranks and errors of every experts module</summary>",
             "",
-            "| module | form | experts per group in/out | rank in/out | kept | err_h | relative error | unseen experts |",
+            "| module | form | group in/out | rank in/out | kept | err_h | relative error | unseen experts |",
             "|---|---|--:|--:|--:|--:|--:|--:|",
             *rows,
             "",

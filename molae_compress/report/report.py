@@ -124,7 +124,7 @@ class Report:
         """
         if content.get("format") != FORMAT:
             raise CheckpointError(
-                f"The report has format {content.get('format')!r}; this version of molae_compress reads format {FORMAT}.",
+                f"The report has format {content.get('format')!r}, this version of molae_compress reads {FORMAT}.",
                 remedy="Install the version that wrote it; config.json names it.",
             )
         try:
@@ -188,24 +188,24 @@ def warnings_for(
     if unseen:
         experts = sum(layer.unseen_experts for layer in unseen)
         found.append(
-            f"{experts} experts in {len(unseen)} of {len(layers)} layers saw no calibration token and were fitted on the "
-            "average of their layer. More calibration text, or text of more kinds, reaches them."
+            f"{experts} experts in {len(unseen)} of {len(layers)} layers saw no calibration token and were fitted on "
+            "the average of their layer. More calibration text, or text of more kinds, reaches them."
         )
     total = sum(layer.err_h or 0.0 for layer in layers)
     if total > HIGH_ERR_H:
         found.append(
-            f"err_h is {total:.3f}, above {HIGH_ERR_H}: expect a KL divergence from the original of about {2 * total:.2g} "
-            "nats per token. A larger budget lowers it."
+            f"err_h is {total:.3f}, above {HIGH_ERR_H}: expect a KL divergence from the original of about "
+            f"{2 * total:.2g} nats per token. A larger budget lowers it."
         )
     if calibration is not None and len(calibration.sources) == 1:
         found.append(
-            f"The calibration text comes from one source, '{calibration.sources[0]}'. If that is text of one kind, text of "
-            "other kinds loses more; a mixture costs little."
+            f"The calibration text comes from one source, '{calibration.sources[0]}'. If that is text of one kind, "
+            "text of other kinds loses more; a mixture costs little."
         )
     if calibration is not None and samples is not None and calibration.windows < samples:
         found.append(
-            f"The calibration text gave {calibration.windows} windows, fewer than the {samples} asked for. Add text, or "
-            "lower `calibration.samples`."
+            f"The calibration text gave {calibration.windows} windows, fewer than the {samples} asked for. Add text, "
+            "or lower `calibration.samples`."
         )
     return tuple(found)
 

@@ -1,0 +1,100 @@
+"""An artifact back to a plain dense checkpoint, streamed: any runtime can load the result, at the original's size.
+
+Every latent module becomes expert tensors in the format of its model family; all other tensors are copied bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from molae_compress.adapters.saving import in_hub_format
+from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton
+from molae_compress.artifact import copy_companions
+from molae_compress.checkpoint import (
+    TensorSource,
+    WorkDirectory,
+    assert_accounted,
+    check_free_space,
+    check_output_folder,
+    publish,
+    write_file,
+    write_shards,
+)
+from molae_compress.compress import Progress, silent
+from molae_compress.errors import ModelError
+from molae_compress.modeling.expand import to_dense
+from molae_compress.modeling.latent import LatentExperts
+from molae_compress.source import DiskSource
+from molae_compress.stock import store_dense_
+
+_STAGE = "expand"
+_SHARD_BYTES = 5_000_000_000
+
+
+def expand(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the dense checkpoint that an artifact stands for; killed, the same call goes on where it stopped.
+
+    Args:
+        folder: the artifact.
+        out: folder to write; must not exist or be empty. It appears when it is complete.
+        trust_remote_code: allow code from the artifact's folder.
+        progress: called with a stage, what is done of it, and of how much.
+
+    Raises:
+        ModelError: the folder holds no latent experts.
+        CheckpointError: it cannot be read, or `out` cannot be written.
+    """
+    out, progress = Path(out), progress or silent
+    check_output_folder(out, ours=lambda _: False)
+    source = DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, experts=False)
+    latent = {name: module for name, module in source.model.named_modules() if isinstance(module, LatentExperts)}
+    if not latent:
+        raise ModelError(f"'{folder}' holds no latent experts.", remedy="Give a folder that `apply` wrote.")
+    dense_bytes = sum(module.spec.dense_numel * next(module.parameters()).element_size() for module in latent.values())
+    check_free_space(out.parent, source.checkpoint.total_bytes + 2 * dense_bytes, "the dense checkpoint")
+    path = out.with_name(f"{out.name}.work")
+    inputs = {_STAGE: {"artifact": source.checkpoint.fingerprint()}}
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    del config.quantization_config
+    bare = skeleton(config, trust_remote_code=trust_remote_code)
+    with WorkDirectory.open(path, stage_inputs=inputs) as work:
+        for done, (name, module) in enumerate(latent.items()):
+            if name not in work.done(_STAGE):
+                _expand_module(source, bare, name, module, work)
+            progress(_STAGE, done + 1, len(latent))
+        staging = path / "dense"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        replaced = {key for name in latent for key in source.keys.sources_of(name)}
+        copied = [key for key in source.checkpoint.entries if key not in replaced]
+        assert_accounted(source.checkpoint.entries, replaced, copied)
+        tensors = [TensorSource.copied(source.checkpoint, key) for key in copied]
+        for name in latent:
+            stored = work.path(_STAGE, name)
+            tensors += [TensorSource.stored(stored, key, key) for key in work.load(_STAGE, name)[1]["keys"]]
+        write_shards(staging, tensors, max_shard_size=_SHARD_BYTES)
+        copy_companions(staging, source.folder)
+        content = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        del content["quantization_config"]
+        write_file(staging / "config.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        publish(staging, out)
+        work.remove()
+
+
+def _expand_module(source: DiskSource, bare: PreTrainedModel, name: str, module: LatentExperts, work: WorkDirectory) -> None:
+    fill_(source.model, source.keys.materialise(name, source.checkpoint.read), source.device, keep_dtype=True)
+    stock = store_dense_(module.stock(), to_dense(module))
+    named = in_hub_format(bare, {f"{name}.{key}": tensor.detach() for key, tensor in stock.state_dict().items()})
+    work.commit(_STAGE, name, named, {"keys": list(named)})
+    empty_(module)

@@ -1,0 +1,92 @@
+"""A model in memory, compressed in place: the step of somebody else's pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from molae_compress.calibration.text import as_windows, read_texts, token_windows
+from molae_compress.compress import Progress, Run, silent
+from molae_compress.errors import DataError, RecipeError
+from molae_compress.modeling.quantizer import attach_
+from molae_compress.recipe import Recipe
+from molae_compress.report import Report
+from molae_compress.source import LiveSource
+from molae_compress.summary import summarise
+
+
+def compress_(
+    model: PreTrainedModel,
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    *,
+    data: Sequence[str] | Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compresses a model in memory, in place; `save_pretrained` then writes an artifact.
+
+    The same fit as `run`, on the model's own device and in its own precision. The model is changed only when everything
+    has been solved.
+
+    Args:
+        model: a dense transformers model.
+        recipe: what to do; `model`, `evaluate` and `gate` are not used.
+        data: calibration texts, or token ids [N,L]; otherwise those that `calibration.data` names. Without either, or with
+            a recipe without `calibration`, the fit is data-free.
+        tokenizer: for texts; otherwise that of `model.name_or_path`.
+        progress: called with a stage, what is done of it, and of how much.
+
+    Returns:
+        the report, for `Report.save`.
+
+    Raises:
+        MolaeError: as `run`; the model is then unchanged.
+    """
+    recipe = Recipe.load(recipe)
+    if recipe.budget.target_size is not None:
+        raise RecipeError("`budget.target_size` is the size of a folder on disk.", remedy="Use `budget.keep` in memory.")
+    if data is not None and recipe.calibration is None:
+        raise RecipeError("There is calibration data, but the recipe is data-free.", remedy="Add a `calibration` section.")
+    started = time.monotonic()
+    run = Run(recipe, LiveSource.of(model), _windows(recipe, model, data, tokenizer), progress=progress or silent)
+    was_training = model.training
+    model.eval()
+    try:
+        shapes = run.shapes()
+        run.solve_layers(shapes)
+    finally:
+        model.train(was_training)
+    report = summarise(run, shapes, model=model.name_or_path or None, timings={"total": time.monotonic() - started})
+    solved = {name: shape for name, shape in shapes.items() if shape is not None}
+    attach_(model, {name: (shape, run.finished[name].tensors) for name, shape in solved.items()})
+    return report
+
+
+def _windows(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    data: Sequence[str] | Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor | None:
+    section = recipe.calibration
+    if section is None:
+        return None
+    if data is None and section.data is None:
+        raise DataError("There is no calibration data.", remedy="Pass `data`, or leave `calibration` out of the recipe.")
+    if tokenizer is None and not isinstance(data, Tensor):
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    settings: dict[str, Any] = {
+        "samples": section.samples,
+        "sequence_length": section.sequence_length,
+        "seed": section.seed,
+    }
+    if data is not None:
+        return as_windows(data, tokenizer, **settings)
+    assert section.data is not None
+    assert tokenizer is not None
+    return token_windows(read_texts(section.data, section.column), tokenizer, **settings)

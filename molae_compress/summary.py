@@ -1,0 +1,104 @@
+"""What a run did, added up: its plan, and the report of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from molae_compress.budget import Shapes
+from molae_compress.compress import Run
+from molae_compress.evaluation import Evaluation
+from molae_compress.planning import Plan, make_plan
+from molae_compress.report import CalibrationReport, LayerReport, Report, installed_versions, warnings_for
+
+
+def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> Plan:
+    """What the shapes mean for the run's model."""
+    source, calibration = run.source, run.recipe.calibration
+    tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
+    experts = tuple(f"{spec.name}." for spec in source.specs)
+    by_layer: dict[str, int] = {}
+    for name, tensor in source.model.state_dict().items():
+        if name.startswith(f"{source.layers_path}.") and not name.startswith(experts):
+            layer = name.removeprefix(f"{source.layers_path}.").split(".")[0]
+            by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
+    return make_plan(
+        model,
+        source.specs,
+        shapes,
+        dense_dtypes={spec.name: source.dtype(spec) for spec in source.specs},
+        dtypes={spec.name: run.dtype(spec) for spec in source.specs},
+        source_bytes=source.nbytes(),
+        largest_layer_bytes=max(by_layer.values()),
+        tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
+        measured=measured,
+    )
+
+
+def summarise(
+    run: Run,
+    shapes: Shapes,
+    *,
+    model: str | None,
+    timings: Mapping[str, float],
+    data_sha256: str = "",
+    evaluation: Evaluation | None = None,
+    files: Mapping[str, str] | None = None,
+    source_fingerprint: str = "",
+) -> Report:
+    """The report of a finished run.
+
+    Args:
+        run: all of whose modules are solved.
+        shapes: of its modules.
+        model: folder or hub id.
+        timings: seconds by stage.
+        data_sha256: of the calibration text.
+        evaluation: comparison with the original.
+        files: sha256 of the weights files by name.
+        source_fingerprint: of the checkpoint.
+    """
+    recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
+    used = None
+    if run.windows_NL is not None and recipe.calibration is not None:
+        windows, length = run.windows_NL.shape
+        used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
+    layers = _layer_reports(run, shapes)
+    return Report(
+        model=model,
+        recipe=yaml.safe_load(recipe.dump()),
+        recipe_fingerprint=recipe.fingerprint(),
+        plan=plan.to_dict(),
+        layers=layers,
+        calibration=used,
+        evaluation=evaluation.to_dict() if evaluation is not None else None,
+        warnings=warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None),
+        versions=installed_versions(),
+        timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
+        files=dict(files or {}),
+        source={"fingerprint": source_fingerprint, "bytes": plan.source_bytes},
+        artifact={"bytes": plan.artifact_bytes},
+    )
+
+
+def _layer_reports(run: Run, shapes: Shapes) -> tuple[LayerReport, ...]:
+    reports = []
+    for spec in run.specs:
+        shape = shapes[spec.name]
+        if shape is None:
+            reports.append(LayerReport(spec.name))
+            continue
+        solved = run.solved(spec, tensors=False)
+        reports.append(
+            LayerReport(
+                name=spec.name,
+                shape=shape.to_dict(),
+                err_h=solved.error.err_h if solved.error else None,
+                relative_error=solved.error.relative if solved.error else None,
+                tokens_measured=solved.error.tokens if solved.error else 0,
+                tokens_per_expert=tuple(solved.tokens_per_expert),
+                seconds=round(solved.seconds, 3),
+            )
+        )
+    return tuple(reports)
