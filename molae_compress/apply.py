@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import psutil
 import yaml
 from transformers import AutoTokenizer
 
-from molae_compress.artifact import check_names, is_artifact, write_companions, write_weights
+from molae_compress.artifact import check_names, file_hashes, is_artifact, write_companions, write_weights
 from molae_compress.budget import Shapes, shapes_for
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
 from molae_compress.checkpoint import (
@@ -125,12 +125,12 @@ def run(
             timings=job.timings,
             data_sha256=job.data_sha256,
             evaluation=evaluation,
-            files={file.name: file.sha256 for file in shards.files},
             source_fingerprint=job.source.checkpoint.fingerprint(),
         )
         base_card = job.source.folder / "README.md"
         base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
         write_file(staging / "README.md", model_card(report, base_text).encode())
+        report = replace(report, files=file_hashes(staging, shards))
         report.save(staging)
         if is_artifact(out):
             shutil.rmtree(out)

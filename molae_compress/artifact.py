@@ -6,6 +6,7 @@ know. The folder is built in the work directory and appears at its place by one 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from molae_compress.checkpoint import (
 from molae_compress.errors import ModelError
 from molae_compress.modeling.quantizer import MolaeConfig
 from molae_compress.recipe import Recipe
+from molae_compress.report.report import FILE_NAME as REPORT
 from molae_compress.source import DiskSource
 
 
@@ -84,6 +86,16 @@ def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: R
     write_file(folder / "recipe.yaml", recipe.dump().encode())
 
 
+def file_hashes(folder: Path, known: WrittenShards) -> dict[str, str]:
+    """sha256 of every file of an artifact but its report, by path inside the folder; `known` ones are not read again."""
+    hashes = {file.name: file.sha256 for file in known.files}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != REPORT and name not in hashes:
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
 def is_artifact(folder: Path) -> bool:
     """Whether a folder is a finished artifact of ours."""
-    return (folder / "molae_report.json").exists() and (folder / "config.json").exists()
+    return (folder / REPORT).exists() and (folder / "config.json").exists()

@@ -8,7 +8,7 @@ it, `observe_layers`, to measure how the error of every layer falls with rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -29,6 +29,7 @@ from molae_compress.stream import ResidualStream, observed
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 
 Progress = Callable[[str, int, int], None]
+Visit = Callable[[ExpertsSpec, DenseExperts, Population, Calibrated | None], None]
 OBSERVE, SOLVE = "observe", "solve"
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
@@ -103,12 +104,13 @@ class Run:
     def observe_layers(self) -> dict[str, LayerSpectra]:
         """First pass: how the error of every layer and side falls with rank."""
         spectra: dict[str, LayerSpectra] = {}
-        for spec in self.specs:
-            if self.work is not None and spec.name in self.work.done(OBSERVE):
-                tensors, _ = self.work.load(OBSERVE, spec.name)
-                branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
-                spectra[spec.name] = LayerSpectra(branches, tensors["output"])
-        for spec, dense, population, _ in self._layers(OBSERVE, set(spectra), {}):
+        for name in self.work.done(OBSERVE) if self.work is not None else ():
+            assert self.work is not None
+            tensors, _ = self.work.load(OBSERVE, name)
+            branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
+            spectra[name] = LayerSpectra(branches, tensors["output"])
+
+        def observe(spec: ExpertsSpec, dense: DenseExperts, population: Population, held_out: Calibrated | None) -> None:
             found = measure_spectra(dense, population, template(self.recipe, spec), self.fit)
             found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
             spectra[spec.name] = found
@@ -116,6 +118,9 @@ class Run:
                 parts = {f"input.{branch}": part for branch, part in enumerate(found.input_GM)}
                 self.work.commit(OBSERVE, spec.name, {**parts, "output": found.output_GM}, {})
             self.progress(OBSERVE, len(spectra), len(self.specs))
+
+        self.progress(OBSERVE, len(spectra), len(self.specs))
+        self._each_layer(OBSERVE, set(spectra), {}, observe)
         return spectra
 
     def solve_layers(self, shapes: Shapes) -> None:
@@ -123,7 +128,8 @@ class Run:
         latent = {name: shape for name, shape in shapes.items() if shape is not None}
         done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
         idle = {spec.name for spec in self.specs if spec.name not in latent}
-        for spec, dense, population, held_out in self._layers(SOLVE, done | idle, latent):
+
+        def solve(spec: ExpertsSpec, dense: DenseExperts, population: Population, held_out: Calibrated | None) -> None:
             started, shape = time.monotonic(), latent[spec.name]
             tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
             error = layer_error(dense, tensors, shape, held_out) if held_out is not None else None
@@ -132,6 +138,9 @@ class Run:
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
             done.add(spec.name)
             self.progress(SOLVE, len(done), len(latent))
+
+        self.progress(SOLVE, len(done), len(latent))
+        self._each_layer(SOLVE, done | idle, latent, solve)
 
     def solved(self, spec: ExpertsSpec, *, tensors: bool = True) -> Solved:
         """A finished module, from the work directory or from memory."""
@@ -152,23 +161,20 @@ class Run:
         }
         self.work.commit(SOLVE, spec.name, solved.tensors, info)
 
-    def _layers(
-        self, stage: str, done: set[str], latent: Mapping[str, LatentShape]
-    ) -> Iterator[tuple[ExpertsSpec, DenseExperts, Population, Calibrated | None]]:
-        """Every module not yet done, with its weights, what it saw of the fitted tokens, and of the held-out ones.
+    def _each_layer(self, stage: str, done: set[str], latent: Mapping[str, LatentShape], visit: Visit) -> None:
+        """Visits every module not yet done with its weights, what it saw of the fitted tokens, and of the held-out ones.
 
         The tokens go on through the dense layer, or, in the solving pass of a sequential recipe, through the layer as
-        compressed in the meantime.
+        compressed in the meantime. Nothing of a layer outlives its turn.
         """
         pending = [spec for spec in self.specs if spec.name not in done]
         if self.windows_NL is None:
             for spec in pending:
-                dense = self.source.dense(spec)
-                yield spec, dense, Uninformed(spec.num_experts, spec.hidden, self.source.device), None
+                uninformed = Uninformed(spec.num_experts, spec.hidden, self.source.device)
+                visit(spec, self.source.dense(spec), uninformed, None)
             return
         if not pending:
             return
-        sequential = self.recipe.refit.sequential and stage == SOLVE
         assert self.recipe.calibration is not None
         stream = ResidualStream(
             self.source,
@@ -181,25 +187,35 @@ class Run:
         with self.source.ends(head=False), torch.no_grad():
             stream.start(min(spec.layer for spec in pending))
             for layer in range(stream.layer, max(spec.layer for spec in pending) + 1):
-                here = [spec for spec in self.source.specs if spec.layer == layer]
-                fitted = [spec for spec in pending if spec.layer == layer]
-                recorders = {spec.name: stream.recorder(spec) for spec in fitted}
-                experts = observed(self.source, here, recorders)
-                if sequential and not fitted:
-                    experts |= self._compressed(here, latent)
-                with self.source.layer(layer) as module:
-                    seen = stream.step(module, experts, recorders, advance=not (sequential and fitted))
-                for spec in fitted:
-                    dense = cast(ObservedExperts, experts[spec.name]).dense
-                    yield (spec, dense, *self._split(seen[spec.name], spec))
-                if sequential and fitted:
-                    del experts, seen
-                    experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
-                    with self.source.layer(layer) as module:
-                        stream.step(module, experts | self._compressed(here, latent), {})
+                self._one_layer(stream, [spec for spec in pending if spec.layer == layer], latent, visit, stage)
                 stream.forget(layer)
         if self.work is not None:
             self.work.discard(HIDDEN)
+
+    def _one_layer(
+        self,
+        stream: ResidualStream,
+        pending: Sequence[ExpertsSpec],
+        latent: Mapping[str, LatentShape],
+        visit: Visit,
+        stage: str,
+    ) -> None:
+        """Sends the tokens through one layer and visits its pending modules."""
+        layer = stream.layer
+        here = [spec for spec in self.source.specs if spec.layer == layer]
+        sequential = self.recipe.refit.sequential and stage == SOLVE
+        recorders = {spec.name: stream.recorder(spec) for spec in pending}
+        experts = observed(self.source, here, recorders)
+        if sequential and not pending:
+            experts |= self._compressed(here, latent)
+        with self.source.layer(layer) as module:
+            seen = stream.step(module, experts, recorders, advance=not (sequential and pending))
+        for spec in pending:
+            visit(spec, cast(ObservedExperts, experts[spec.name]).dense, *self._split(seen.pop(spec.name), spec))
+        if sequential and pending:
+            experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
+            with self.source.layer(layer) as module:
+                stream.step(module, experts | self._compressed(here, latent), {})
 
     def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, LatentShape]) -> dict[str, nn.Module]:
         """Finished modules, callable."""

@@ -113,6 +113,7 @@ def evaluate(
 def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:
     """Residual stream of every batch after the last layer."""
     arguments = LayerArguments(source.model, source.layers, source.device)
+    progress(stage, 0, len(source.layers))
     with source.ends(head=False), torch.no_grad():
         hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
         for layer in range(len(source.layers)):

@@ -179,6 +179,6 @@ def make_plan(
         # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
         memory_bytes=largest_layer_bytes + max(2 * experts, experts + 2 * latent) + (activations if in_memory else 0),
         activation_bytes=activations,
-        disk_bytes=2 * artifact + activations,
+        disk_bytes=2 * artifact + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,
     )

@@ -44,7 +44,6 @@ def summarise(
     timings: Mapping[str, float],
     data_sha256: str = "",
     evaluation: Evaluation | None = None,
-    files: Mapping[str, str] | None = None,
     source_fingerprint: str = "",
 ) -> Report:
     """The report of a finished run.
@@ -56,7 +55,6 @@ def summarise(
         timings: seconds by stage.
         data_sha256: of the calibration text.
         evaluation: comparison with the original.
-        files: sha256 of the weights files by name.
         source_fingerprint: of the checkpoint.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
@@ -76,7 +74,7 @@ def summarise(
         warnings=warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None),
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
-        files=dict(files or {}),
+        files={},
         source={"fingerprint": source_fingerprint, "bytes": plan.source_bytes},
         artifact={"bytes": plan.artifact_bytes},
     )

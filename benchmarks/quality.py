@@ -1,0 +1,221 @@
+"""What compression costs in quality: the paper's procedure and ours, at equal parameters, in one run and one protocol.
+
+    python benchmarks/quality.py                                   # the example model, minutes on two cores
+    python benchmarks/quality.py --keep 0.5 --methods paper,quality
+    python benchmarks/quality.py --model FOLDER --calibration a.txt --evaluate b.txt c.txt
+
+Every method starts from the same model in float32 and may store the same share of its routed-expert parameters (every
+number counts: bases, cores, column indices, biases), rounded to the type of the checkpoint as an artifact would be. KL,
+perplexity and agreement are those of whole models on text that took no part in the fit; err_h is measured layer by layer
+on the same text, at the original's own hidden states. The paper's form is tried with several group sizes and the one of
+the lowest KL on the evaluation text itself is taken, so that the baseline is as strong as its form allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import molae_compress as molae
+from molae_compress.adapters import decoder_layers
+from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
+
+RESULTS = Path(__file__).parent / "results"
+PAPER_GROUPS = (1, 2, 4, 8)
+METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "paper": (
+        "paper's procedure (data-free, gate and up only)",
+        [
+            {"method": "paper", "basis": {"experts_per_input_group": size}, "budget": {"align": 1}, "calibration": None}
+            for size in PAPER_GROUPS
+        ],
+    ),
+    "quality": ("ours, `quality` (the default)", [{}]),
+    "serving": ("ours, `serving` (layer form)", [{"basis": {"profile": "serving"}}]),
+    "data-free": ("ours, data-free", [{"calibration": None}]),
+    "uniform": ("ours, uniform ranks", [{"budget": {"allocate": "uniform"}}]),
+}
+COLUMNS = ("kl", "perplexity", "top1_agreement", "err_h", "share", "fit_seconds")
+
+
+class Study:
+    """One model, its calibration windows and its evaluation windows; every cell of the table starts from it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.dtype = str(AutoConfig.from_pretrained(args.model).dtype or torch.bfloat16).removeprefix("torch.")
+        self.original = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        length = args.sequence_length
+        calibration, evaluation = read_texts(args.calibration, "text"), read_texts(args.evaluate, "text")
+        self.fitted_NL = token_windows(calibration, tokenizer, samples=args.samples, sequence_length=length, seed=0)
+        self.held_out_NL = torch.cat(
+            [
+                token_windows([texts], tokenizer, samples=args.evaluation_samples, sequence_length=length, seed=None)
+                for texts in evaluation
+            ]
+        )
+        self.text = {"calibration": data_fingerprint(calibration), "evaluation": data_fingerprint(evaluation)}
+
+    def recipe(self, keep: float, changes: dict[str, Any]) -> molae.Recipe:
+        """The default recipe at a budget, with a method's changes."""
+        calibration = {"samples": self.args.samples, "sequence_length": self.args.sequence_length}
+        recipe = {"molae": 1, "calibration": calibration, "output": {"dtype": self.dtype}} | changes
+        return molae.Recipe.load({**recipe, "budget": {"keep": keep, **changes.get("budget", {})}})
+
+    def cell(self, method: str, keep: float) -> dict[str, Any]:
+        """The best variant of a method at a budget, or why there is none."""
+        found: list[dict[str, Any]] = []
+        reason = ""
+        for changes in METHODS[method][1]:
+            try:
+                found.append(self._measured(self.recipe(keep, changes)))
+            except molae.MolaeError as error:
+                reason = str(error)
+        best = min(found, key=lambda row: row["kl"]) if found else {"impossible": reason}
+        return {"method": method, "keep": keep, **best}
+
+    def _measured(self, recipe: molae.Recipe) -> dict[str, Any]:
+        model = copy.deepcopy(self.original)
+        report = molae.compress_(model, recipe, data=self.fitted_NL if recipe.calibration is not None else None)
+        names = [layer.name for layer in report.layers if layer.shape is not None]
+        group = next((layer.shape["input_group"] for layer in report.layers if layer.shape is not None), None)
+        return {
+            "input_group": group,
+            **compare(self.original, model, self.held_out_NL, names, self.args.batch_size),
+            "parameters": report.plan["parameters"],
+            "share": report.plan["parameters"] / report.plan["dense_parameters"],
+            "fit_seconds": round(report.timings["total"], 1),
+        }
+
+
+def compare(
+    original: PreTrainedModel, model: PreTrainedModel, windows_NL: Tensor, names: list[str], batch_size: int
+) -> dict[str, float]:
+    """Whole models against each other on all windows, and err_h of the experts modules `names`."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad(), _error_of_experts(original, model, names) as errors:
+        for ids_BL in windows_NL.split(batch_size):
+            exact = original(input_ids=ids_BL).logits[:, :-1].log_softmax(-1)
+            found = model(input_ids=ids_BL).logits[:, :-1].log_softmax(-1)
+            next_BL1 = ids_BL[:, 1:, None]
+            kl = (exact.exp() * (exact - found)).sum(-1)
+            nll, exact_nll = -found.gather(-1, next_BL1), -exact.gather(-1, next_BL1)
+            same = found.argmax(-1) == exact.argmax(-1)
+            sums += torch.stack([part.double().sum() for part in (kl, nll, exact_nll, same, torch.zeros(1))])
+    kl, nll, exact_nll, same = (sums[:4] / (windows_NL.numel() - len(windows_NL))).tolist()
+    return {
+        "kl": kl,
+        "perplexity": math.exp(nll),
+        "original_perplexity": math.exp(exact_nll),
+        "top1_agreement": same,
+        "err_h": sum(errors) / windows_NL.numel(),
+    }
+
+
+@contextmanager
+def _error_of_experts(original: PreTrainedModel, model: PreTrainedModel, names: list[str]) -> Iterator[list[float]]:
+    """While open, every forward of the original appends |dy|^2 / |h|^2, summed over its tokens, for each module.
+
+    The compressed experts get the very arguments the original ones got; h is the residual stream after the layer.
+    """
+    path, layers = decoder_layers(original)
+    errors: list[float] = []
+    changes: dict[int, Tensor] = {}
+    hooks = []
+    for name in names:
+        index = int(name.removeprefix(f"{path}.").split(".")[0])
+
+        def experts_done(
+            _: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            y: Tensor,
+            *,
+            latent: nn.Module = model.get_submodule(name),
+            index: int = index,
+        ) -> None:
+            changes[index] = (latent(*args, **kwargs) - y).flatten(0, -2).double().square().sum(1)
+
+        def layer_done(_: nn.Module, args: tuple[Any, ...], out: Any, *, index: int = index) -> None:
+            h = (out[0] if isinstance(out, tuple) else out).flatten(0, -2).double().square().sum(1)
+            errors.append(float((changes.pop(index) / h).sum()))
+
+        hooks.append(original.get_submodule(name).register_forward_hook(experts_done, with_kwargs=True))
+        hooks.append(layers[index].register_forward_hook(layer_done))
+    try:
+        yield errors
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows as a table for people."""
+    yield f"{'keep':>5}  {'method':48} {'KL x 1000':>10} {'perplexity':>11} {'top-1':>7} {'err_h':>8} {'kept':>7} {'fit s':>6}"
+    for row in rows:
+        title = METHODS[row["method"]][0]
+        if "impossible" in row:
+            yield f"{row['keep']:>5}  {title:48} impossible: {row['impossible'].split('. ')[0]}"
+            continue
+        title += f", groups of {row['input_group']}" if row["method"] == "paper" else ""
+        yield (
+            f"{row['keep']:>5}  {title:48} {1000 * row['kl']:>10.2f} {row['perplexity']:>11.2f} "
+            f"{row['top1_agreement']:>7.1%} {row['err_h']:>8.4f} {row['share']:>7.4f} {row['fit_seconds']:>6.1f}"
+        )
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="examples/pocket-moe", help="folder or hub id")
+    parser.add_argument("--calibration", nargs="+", default=["python-docs:calibration"], help="sources, as in a recipe")
+    parser.add_argument("--evaluate", nargs="+", default=["python-docs:heldout"], help="sources, as in a recipe")
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.75, 0.6, 0.5])
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {','.join(METHODS)}")
+    parser.add_argument("--samples", type=int, default=256, help="calibration windows")
+    parser.add_argument("--evaluation-samples", type=int, default=64, help="evaluation windows of each source")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="JSON file; by default results/quality-MODEL.json beside this script")
+    args = parser.parse_args()
+    unknown = set(args.methods.split(",")) - METHODS.keys()
+    if unknown:
+        parser.error(f"--methods: there is no {', '.join(sorted(unknown))}")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    study = Study(args)
+    rows: list[dict[str, Any]] = []
+    for keep in args.keep:
+        for method in args.methods.split(","):
+            rows.append(study.cell(method, keep))
+            print(list(lines(rows))[-1] if len(rows) > 1 else "\n".join(lines(rows)), flush=True)
+    protocol = {key: getattr(args, key) for key in ("samples", "evaluation_samples", "sequence_length")}
+    sources = {"calibration": args.calibration, "evaluate": args.evaluate}
+    content = {
+        "model": args.model,
+        "protocol": {**sources, **protocol, "stored_as": study.dtype, "text_sha256": study.text},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__.partition("+")[0]},
+        "rows": rows,
+    }
+    output = args.output or RESULTS / f"quality-{Path(args.model).name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"Wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
