@@ -97,11 +97,9 @@ def evaluate(
     with ExitStack() as stack, torch.no_grad():
         for source in sources.values():
             stack.enter_context(source.ends(head=True))
+        arguments = {name: LayerArguments(source.model, source.layers, target) for name, source in sources.items()}
         for batch, ids_BL in enumerate(batches):
-            logits = {
-                name: LayerArguments(source.model, source.layers, target).logits(ids_BL, hidden[name][batch])
-                for name, source in sources.items()
-            }
+            logits = {name: model.logits(ids_BL, hidden[name][batch]) for name, model in arguments.items()}
             sums += _compare(logits["result"], logits.get("original"), ids_BL.to(target))
     count = windows_NL.numel() - len(windows_NL)
     nll, original_nll, kl, same = (sums / count).tolist()

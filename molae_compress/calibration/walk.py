@@ -10,6 +10,7 @@ Shape suffixes: N windows, B windows of one batch, L tokens of one window; T = N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,37 +145,47 @@ class LayerArguments:
 
     def of(self, layer: int, ids_BL: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments the model gives decoder layer `layer` for these tokens."""
+        cause: Exception | None = None
         for wrap in (self._wrap,) if self._wrap is not None else _WRAPPINGS:
-            found = self._capture(layer, ids_BL, wrap)
-            if found is not None:
-                self._wrap = wrap if layer > 0 else None
-                return found
+            try:
+                args, kwargs = self._capture(layer, ids_BL, wrap)
+            except (AttributeError, TypeError, IndexError) as error:
+                cause = error  # this wrapping is not what the model expects of a layer
+                continue
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(hidden, Tensor) and hidden.dim() == 3:
+                if layer > 0:  # before layer 0 nothing has been wrapped yet
+                    self._wrap = wrap
+                return args, kwargs
         raise ModelError(
             f"The arguments of decoder layer {layer} could not be recorded from {type(self._model).__name__}.",
             why="Its layers pass more to each other than hidden states.",
-            remedy="Compress data-free (no `calibration.data`), or report the architecture.",
-        )
+            remedy="Compress data-free (no `calibration` section), or report the architecture.",
+        ) from cause
 
-    def _capture(
-        self, layer: int, ids_BL: Tensor, wrap: Callable[[Tensor], Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _capture(self, layer: int, ids_BL: Tensor, wrap: Callable[[Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        with self._stubbed(wrap) as stubs:
+            stubs[layer].stop = True
+            try:
+                self._model(input_ids=ids_BL.to(self._device), use_cache=False)
+            except _Captured as captured:
+                args, kwargs = captured.args[0]
+                return args, kwargs
+        raise AssertionError(f"decoder layer {layer} was not called")
+
+    @contextmanager
+    def _stubbed(self, wrap: Callable[[Tensor], Any]) -> Iterator[list[_Stub]]:
+        """The model with every decoder layer replaced by a pass-through."""
         originals = list(self._layers)
         stubs = [_Stub(original) for original in originals]
-        for index, stub in enumerate(stubs):
-            stub.wrap, stub.stop = wrap, index == layer
-            self._layers[index] = stub
         try:
-            self._model(input_ids=ids_BL.to(self._device), use_cache=False)
-        except _Captured as captured:
-            args, kwargs = captured.args[0]
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            return (args, kwargs) if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
-        except (AttributeError, TypeError, IndexError):
-            return None  # this wrapping is not what the model expects of a layer
+            for index, stub in enumerate(stubs):
+                stub.wrap = wrap
+                self._layers[index] = stub
+            yield stubs
         finally:
             for index, original in enumerate(originals):
                 self._layers[index] = original
-        return None
 
     def embedded(self, ids_BL: Tensor) -> Tensor:
         """[B,L,H]: hidden states before decoder layer 0."""
@@ -184,20 +195,11 @@ class LayerArguments:
 
     def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """[B,L,V]: what the model makes of hidden states after its last layer: final norm, head and any scaling."""
-        last = len(self._layers) - 1
-        self.of(last, ids_BL)  # settles what the layers return
-        assert self._wrap is not None or last == 0
-        originals = list(self._layers)
-        try:
-            for index, original in enumerate(originals):
-                stub = _Stub(original)
-                stub.wrap = self._wrap or _WRAPPINGS[0]
-                stub.replacement = hidden_BLH if index == last else None
-                self._layers[index] = stub
+        if self._wrap is None and len(self._layers) > 1:
+            self.of(len(self._layers) - 1, ids_BL)  # settles what layers return
+        with self._stubbed(self._wrap or _WRAPPINGS[0]) as stubs:
+            stubs[-1].replacement = hidden_BLH
             out: Tensor = self._model(input_ids=ids_BL.to(self._device), use_cache=False).logits
-        finally:
-            for index, original in enumerate(originals):
-                self._layers[index] = original
         return out
 
     def call(self, layer: int, module: nn.Module, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
