@@ -16,7 +16,7 @@ import psutil
 import yaml
 from transformers import AutoTokenizer
 
-from molae_compress.artifact import check_names, file_hashes, is_artifact, write_companions, write_weights
+from molae_compress.artifact import check_names, file_hashes, is_artifact, replaced_keys, write_companions, write_weights
 from molae_compress.budget import Shapes, shapes_for
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
 from molae_compress.checkpoint import (
@@ -95,7 +95,8 @@ def run(
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
     job.run.progress = progress
     expected = job.expected_shapes()
-    check_names(job.source, expected)
+    check_names(job.source.keys, job.source.specs, expected)
+    replaced_keys(job.source, expected)
     job.read_calibration()
     check_free_space(out.parent, job.plan(expected, measured=False).disk_bytes, "the run")
     path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
@@ -194,7 +195,7 @@ class _Job:
 
     def copied_bytes(self) -> int:
         """Bytes of the checkpoint that no experts module of the recipe replaces."""
-        replaced = {key for spec in self.run.specs for key in self.source.keys.sources_of(spec.name)}
+        replaced = {key for spec in self.run.specs for key in self.source.expert_keys(spec)}
         return sum(entry.nbytes for key, entry in self.source.checkpoint.entries.items() if key not in replaced)
 
     def plan(self, shapes: Shapes, *, measured: bool) -> Plan:

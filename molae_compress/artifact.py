@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from molae_compress.adapters.keys import KeyMap
 from molae_compress.budget import Shapes
 from molae_compress.checkpoint import (
     Checkpoint,
@@ -19,6 +21,7 @@ from molae_compress.checkpoint import (
     WrittenShards,
     assert_accounted,
     companion_files,
+    without_quantization,
     write_file,
     write_shards,
 )
@@ -27,37 +30,59 @@ from molae_compress.modeling.quantizer import MolaeConfig
 from molae_compress.recipe import Recipe
 from molae_compress.report.report import FILE_NAME as REPORT
 from molae_compress.source import DiskSource
+from molae_compress.tensors import ExpertsSpec
 
 
-def check_names(source: DiskSource, shapes: Shapes) -> None:
+def check_names(keys: KeyMap, specs: Sequence[ExpertsSpec], shapes: Shapes) -> None:
     """Refuses a model whose loader would rename or convert the tensors an artifact adds."""
-    for spec in source.specs:
+    for spec in specs:
         shape = shapes.get(spec.name)
         for name in shape.tensors(spec) if shape is not None else ():
-            if not source.keys.survives(f"{spec.name}.{name}"):
+            if not keys.survives(f"{spec.name}.{name}"):
+                serving = shape is not None and shape.form == "layer"
                 raise ModelError(
-                    f"transformers would not load '{spec.name}.{name}' under its name in {type(source.model).__name__}.",
-                    remedy="Report the model class to the project.",
+                    f"transformers would not load the tensor '{spec.name}.{name}' under its name.",
+                    why="Rules that convert checkpoints of this architecture would take it for another.",
+                    remedy="Use `basis.profile: quality`." if serving else "Report the model class to the project.",
                 )
+
+
+def replaced_keys(source: DiskSource, shapes: Shapes) -> dict[str, list[str]]:
+    """Keys of the checkpoint that latent modules replace, and the modules that replace each.
+
+    Raises:
+        ModelError: experts that stay dense are stored together with experts that do not.
+    """
+    replaced: dict[str, list[str]] = {}
+    for spec in source.specs:
+        if shapes.get(spec.name) is not None:
+            for key in source.expert_keys(spec):
+                replaced.setdefault(key, []).append(spec.name)
+    for spec in source.specs:
+        both = source.expert_keys(spec) & replaced.keys() if shapes.get(spec.name) is None else set()
+        if both:
+            raise ModelError(
+                f"The experts '{spec.name}' would stay dense, but '{replaced[min(both)][0]}' would not.",
+                why="The checkpoint stores both together.",
+                remedy="List both under `ignore`, or neither, and give a budget at which both become smaller.",
+            )
+    return replaced
 
 
 def write_weights(
     folder: Path, source: DiskSource, shapes: Shapes, work: WorkDirectory, stage: str, recipe: Recipe
 ) -> WrittenShards:
     """Shards of the artifact: latent tensors from the work directory, everything else from the source checkpoint."""
-    replaced: dict[str, str] = {}  # source key -> module whose latent form replaces it
-    for name, shape in shapes.items():
-        if shape is not None:
-            replaced |= dict.fromkeys(source.keys.sources_of(name), name)
+    replaced = replaced_keys(source, shapes)
     tensors: list[TensorSource] = []
     written: set[str] = set()
-    copied: list[str] = []
+    copied = [key for key in source.checkpoint.entries if key not in replaced]
     for key in source.checkpoint.entries:
-        module = replaced.get(key)
-        if module is None:
-            copied.append(key)
+        if key not in replaced:
             tensors.append(TensorSource.copied(source.checkpoint, key))
-        elif module not in written:
+        for module in replaced.get(key, ()):
+            if module in written:
+                continue
             written.add(module)
             stored = Checkpoint.open(work.path(stage, module))
             tensors += [
@@ -78,7 +103,7 @@ def copy_companions(folder: Path, source_folder: Path) -> None:
 def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: Recipe) -> None:
     """Config with the latent shapes, recipe, and the source's tokenizer and generation files."""
     copy_companions(folder, source.folder)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = without_quantization(json.loads((source.folder / "config.json").read_text(encoding="utf-8")))
     entries = {name: shape.to_dict() for name, shape in shapes.items() if shape is not None}
     if entries:
         config["quantization_config"] = MolaeConfig(modules=entries).to_dict()

@@ -24,10 +24,16 @@ def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
     """Form, groups, branches and storage that a recipe means for a module; its ranks are placeholders.
 
     Raises:
-        RecipeError: a group size that does not divide the experts.
+        RecipeError: a group size that does not divide the experts, or a form the module cannot have.
     """
     basis = recipe.basis
     serving = basis.profile == "serving"
+    if serving and spec.has_output_norm:
+        raise RecipeError(
+            f"`basis.profile: serving` is impossible for '{spec.name}': the model normalises the output of each expert.",
+            why="The layer form sums experts before they are decoded.",
+            remedy="Use `basis.profile: quality`.",
+        )
     even = 2 if spec.num_experts % 2 == 0 else 1
     paper = max(size for size in range(1, 5) if spec.num_experts % size == 0)
     auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else even

@@ -206,9 +206,9 @@ class Run:
         sequential = self.recipe.refit.sequential and stage == SOLVE
         recorders = {spec.name: stream.recorder(spec) for spec in pending}
         experts = observed(self.source, here, recorders)
-        if sequential and not pending:
-            experts |= self._compressed(here, latent)
         with self.source.layer(layer) as module:
+            if sequential and not pending:
+                experts |= self._compressed(here, latent)
             seen = stream.step(module, experts, recorders, advance=not (sequential and pending))
         for spec in pending:
             visit(spec, cast(ObservedExperts, experts[spec.name]).dense, *self._split(seen.pop(spec.name), spec))
@@ -218,14 +218,14 @@ class Run:
                 stream.step(module, experts | self._compressed(here, latent), {})
 
     def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, LatentShape]) -> dict[str, nn.Module]:
-        """Finished modules, callable."""
+        """Finished modules, callable while the layer is; what they keep of the original is the layer's own."""
         modules: dict[str, nn.Module] = {}
         for spec in specs:
             if spec.name in latent:
                 stock = self.source.model.get_submodule(spec.name)
-                module = LatentExperts.from_stock(stock, spec, latent[spec.name]).to(torch.float32)
-                module.to_empty(device=self.source.device)
-                module.load_latent_(self.solved(spec).tensors)
+                module = LatentExperts.from_stock(stock, spec, latent[spec.name])
+                tensors = self.solved(spec).tensors
+                module.load_latent_({name: tensor.to(self.source.device) for name, tensor in tensors.items()})
                 modules[spec.name] = module
         return modules
 

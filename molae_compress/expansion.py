@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from molae_compress.adapters.saving import in_hub_format
@@ -27,10 +29,9 @@ from molae_compress.checkpoint import (
 )
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import ModelError
-from molae_compress.modeling.expand import to_dense
+from molae_compress.modeling.expand import dense_module
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.source import DiskSource
-from molae_compress.stock import store_dense_
 
 _STAGE = "expand"
 _SHARD_BYTES = 5_000_000_000
@@ -69,20 +70,22 @@ def expand(
     del config.quantization_config
     bare = skeleton(config, trust_remote_code=trust_remote_code)
     with WorkDirectory.open(path, stage_inputs=inputs) as work:
-        for done, (name, module) in enumerate(latent.items()):
-            if name not in work.done(_STAGE):
-                _expand_module(source, bare, name, module, work)
-            progress(_STAGE, done + 1, len(latent))
+        layers = sorted({module.spec.layer for module in latent.values()})
+        for done, layer in enumerate(layers):
+            if f"layer.{layer}" not in work.done(_STAGE):
+                inside = {name: module for name, module in latent.items() if module.spec.layer == layer}
+                _expand_layer(source, bare, f"layer.{layer}", inside, work)
+            progress(_STAGE, done + 1, len(layers))
         staging = path / "dense"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        replaced = {key for name in latent for key in source.keys.sources_of(name)}
+        replaced = {key for name, module in latent.items() for key in _latent_keys(source, name, module)}
         copied = [key for key in source.checkpoint.entries if key not in replaced]
         assert_accounted(source.checkpoint.entries, replaced, copied)
         tensors = [TensorSource.copied(source.checkpoint, key) for key in copied]
-        for name in latent:
-            stored = work.path(_STAGE, name)
-            tensors += [TensorSource.stored(stored, key, key) for key in work.load(_STAGE, name)[1]["keys"]]
+        for layer in layers:
+            stored = work.path(_STAGE, f"layer.{layer}")
+            tensors += [TensorSource.stored(stored, key, key) for key in work.load(_STAGE, f"layer.{layer}")[1]["keys"]]
         write_shards(staging, tensors, max_shard_size=_SHARD_BYTES)
         copy_companions(staging, source.folder)
         content = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
@@ -92,9 +95,20 @@ def expand(
         work.remove()
 
 
-def _expand_module(source: DiskSource, bare: PreTrainedModel, name: str, module: LatentExperts, work: WorkDirectory) -> None:
-    fill_(source.model, source.keys.materialise(name, source.checkpoint.read), source.device, keep_dtype=True)
-    stock = store_dense_(module.stock(), to_dense(module))
-    named = in_hub_format(bare, {f"{name}.{key}": tensor.detach() for key, tensor in stock.state_dict().items()})
-    work.commit(_STAGE, name, named, {"keys": list(named)})
-    empty_(module)
+def _latent_keys(source: DiskSource, name: str, module: LatentExperts) -> set[str]:
+    """Keys of an artifact that hold the latent tensors of a module."""
+    return {key for tensor in module.shape.tensors(module.spec) for key in source.keys.sources_of(f"{name}.{tensor}")}
+
+
+def _expand_layer(
+    source: DiskSource, bare: PreTrainedModel, item: str, latent: Mapping[str, LatentExperts], work: WorkDirectory
+) -> None:
+    """All experts of a layer at once: some families store several modules together."""
+    weights: dict[str, Tensor] = {}
+    for name, module in latent.items():
+        fill_(source.model, source.keys.materialise(name, source.checkpoint.read), source.device, keep_dtype=True)
+        stock = dense_module(module)
+        weights |= {f"{name}.{key}": stock.get_parameter(key).detach() for key in module.layout.weight_names(stock)}
+        empty_(module)
+    named = in_hub_format(bare, weights)
+    work.commit(_STAGE, item, named, {"keys": list(named)})

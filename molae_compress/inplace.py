@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from molae_compress.adapters.keys import KeyMap
+from molae_compress.artifact import check_names
 from molae_compress.calibration.text import as_windows, read_texts, token_windows
 from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
@@ -58,6 +60,7 @@ def compress_(
     model.eval()
     try:
         shapes = run.shapes()
+        check_names(KeyMap(model, ()), run.specs, shapes)
         run.solve_layers(shapes)
     finally:
         model.train(was_training)

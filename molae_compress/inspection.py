@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from molae_compress.layouts import layout_of, weight_names
 from molae_compress.source import DiskSource
-from molae_compress.stock import FLAGS
 from molae_compress.tensors import ExpertsSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-RULE = f"the flags that transformers sets on a fused experts class ({', '.join(FLAGS)})"
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,12 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     experts = tuple(FoundExperts(spec, type(source.model.get_submodule(spec.name)).__name__) for spec in source.specs)
     left_alone = _left_alone(source)
     expert_parameters = sum(spec.dense_numel for spec in source.specs)
-    expert_keys = {key for spec in source.specs for key in source.keys.sources_of(spec.name)}
+    expert_keys = {key for spec in source.specs for key in source.expert_keys(spec)}
     return Inspection(
         model=model,
         model_class=type(source.model).__name__,
         model_type=source.model.config.model_type,
-        rule=RULE,
+        rule="; ".join(dict.fromkeys(_rule(source, spec) for spec in source.specs)),
         experts=experts,
         left_alone=left_alone,
         unknown_tensors=tuple(sorted(source.keys.unknown)),
@@ -123,14 +122,20 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     )
 
 
+def _rule(source: DiskSource, spec: ExpertsSpec) -> str:
+    layout = layout_of(spec.name, source.model.get_submodule(spec.name))
+    assert layout is not None
+    return layout.rule
+
+
 def _left_alone(source: DiskSource) -> tuple[Part, ...]:
     """The outermost modules that hold no routed experts, in the order of the model."""
-    names = [spec.name for spec in source.specs]
-    above = {prefix for name in names for prefix in _prefixes(name)}
+    experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
+    above = {prefix for name in experts for prefix in _prefixes(name)}
     parts: dict[str, tuple[set[str], int]] = {}
     seen: set[int] = set()
     for name, tensor in source.model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen or any(name.startswith(f"{experts}.") for experts in names):
+        if id(tensor) in seen or name in experts:
             continue
         seen.add(id(tensor))
         part = next(prefix for prefix in _prefixes(name) if prefix not in above)

@@ -48,7 +48,8 @@ class Plan:
     Attributes:
         model: folder or hub id; None for a model in memory without a name.
         layers: one entry for every routed-experts module of the model.
-        source_bytes, artifact_bytes: tensor bytes of the checkpoint and of the result.
+        source_bytes, artifact_bytes: tensor bytes of the checkpoint (quantised weights as they are read) and of the result.
+        stored_bytes: what the tensors of the checkpoint take in its files, if weights in them are quantised.
         measured: the ranks follow from measured spectra (or from no spectra at all) and are final.
         memory_bytes: upper estimate of the memory of a run, activations included.
         activation_bytes: calibration activations of one layer, in memory or spilled to disk.
@@ -65,6 +66,7 @@ class Plan:
     activation_bytes: int
     disk_bytes: int
     tokens: int
+    stored_bytes: int | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -92,11 +94,12 @@ class Plan:
             lines.append(
                 f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
             )
+        packed = f" ({_size(self.stored_bytes)} quantised)" if self.stored_bytes is not None else ""
         lines += [
             "",
             f"routed experts  {self.dense_parameters:,} -> {self.parameters:,} parameters "
             f"({self.parameters / self.dense_parameters:.4f} kept)",
-            f"checkpoint      {_size(self.source_bytes)} -> {_size(self.artifact_bytes)}",
+            f"checkpoint      {_size(self.source_bytes)}{packed} -> {_size(self.artifact_bytes)}",
             f"of the run      memory up to {_size(self.memory_bytes)}, of which activations "
             f"{_size(self.activation_bytes)}; free disk {_size(self.disk_bytes)}; {self.tokens:,} calibration tokens",
         ]
@@ -112,12 +115,11 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_dtype: torch.dtype, dtype: torch.dtype) -> LayerPlan:
-    """Adds up one module; `dense_dtype` is that of the checkpoint, `dtype` that of the latent tensors."""
+def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
+    """Adds up one module; `dense_bytes` are those of the checkpoint's tensors, `dtype` that of the latent ones."""
     K, H, I = spec.top_k, spec.hidden, spec.intermediate
     dense_macs, traffic = K * H * (spec.rows + I), 2 * K * H
     macs, sent = (dense_macs, traffic) if shape is None else _work(spec, shape)
-    dense_bytes = spec.dense_numel * dense_dtype.itemsize
     return LayerPlan(
         name=spec.name,
         shape=shape,
@@ -152,17 +154,18 @@ def make_plan(
     specs: Sequence[ExpertsSpec],
     shapes: Shapes,
     *,
-    dense_dtypes: dict[str, torch.dtype],
+    dense_bytes: dict[str, int],
     dtypes: dict[str, torch.dtype],
     source_bytes: int,
     largest_layer_bytes: int,
     tokens: int,
     measured: bool,
     in_memory: bool = True,
+    stored_bytes: int | None = None,
 ) -> Plan:
     """Adds up a whole model; `largest_layer_bytes` is what one decoder layer without its experts takes in float32."""
     layers = tuple(
-        layer_plan(spec, shapes.get(spec.name), dense_dtype=dense_dtypes[spec.name], dtype=dtypes[spec.name])
+        layer_plan(spec, shapes.get(spec.name), dense_bytes=dense_bytes[spec.name], dtype=dtypes[spec.name])
         for spec in specs
     )
     hidden = max(spec.hidden for spec in specs)
@@ -181,4 +184,5 @@ def make_plan(
         activation_bytes=activations,
         disk_bytes=2 * artifact + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,
+        stored_bytes=stored_bytes,
     )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from molae_compress.adapters import decoder_layers, dense_experts, find_experts
+from molae_compress.adapters import decoder_layers, find_experts
 from molae_compress.adapters.keys import KeyMap
-from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton, zero_computed_buffers_
-from molae_compress.checkpoint import Checkpoint, refuse_quantized, resolve_model
+from molae_compress.adapters.skeleton import (
+    drop_quantization_,
+    empty_,
+    fill_,
+    read_config,
+    skeleton,
+    zero_computed_buffers_,
+)
+from molae_compress.checkpoint import Checkpoint, StoredTensors, open_source, resolve_model
 from molae_compress.errors import CheckpointError, RecipeError
+from molae_compress.layouts import dense_experts, weight_names
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.modeling.quantizer import MolaeConfig, swap_
 from molae_compress.recipe import Recipe
@@ -33,9 +42,15 @@ class Source(Protocol):
 
     model: PreTrainedModel
     specs: list[ExpertsSpec]
-    layers_path: str
-    layers: nn.ModuleList
     device: torch.device
+
+    @property
+    def layers_path(self) -> str:
+        """Path of the one list of decoder layers; raises `ModelError` where experts lie in several."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
 
     def dense(self, spec: ExpertsSpec) -> DenseExperts:
         """The weights of one experts module, in the precision they are stored in."""
@@ -44,7 +59,13 @@ class Source(Protocol):
         """The precision the weights of an experts module are stored in."""
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors; those of quantised weights as they are read."""
+
+    def expert_bytes(self, spec: ExpertsSpec) -> int:
+        """Bytes of the tensors that the latent form of an experts module replaces."""
+
+    def quantized(self) -> tuple[str, int] | None:
+        """The method by which the files hold weights in fewer bits, and the bytes of the tensors in them; None if plain."""
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -60,12 +81,11 @@ class DiskSource:
     """A checkpoint folder: a skeleton on meta, and weights read when they are asked for."""
 
     folder: Path
-    checkpoint: Checkpoint
+    checkpoint: StoredTensors
     model: PreTrainedModel
     keys: KeyMap
     specs: list[ExpertsSpec]
-    layers_path: str
-    layers: nn.ModuleList
+    experts: list[str]
     device: torch.device
 
     @classmethod
@@ -93,13 +113,10 @@ class DiskSource:
         latent = None
         if not experts and quantized is not None and quantized.get("quant_method") == "molae":
             latent = MolaeConfig(**quantized)
-        if latent is None:
-            refuse_quantized(config.to_dict())
-        else:
-            del config.quantization_config  # the skeleton is dense until its experts are swapped
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = open_source(folder, config.to_dict()) if latent is None else Checkpoint.open(folder)
+        drop_quantization_(config)  # the skeleton is dense, of an artifact until its experts are swapped
         bare = skeleton(config, trust_remote_code=trust_remote_code)
-        path, layers = decoder_layers(bare)
+        found = find_experts(bare)
         if latent is not None:
             for swapped in swap_(bare, latent):
                 zero_computed_buffers_(bare.get_submodule(swapped))
@@ -111,10 +128,18 @@ class DiskSource:
                 why="Missing weights would be invented.",
                 remedy="Fetch the checkpoint again, with all its shards.",
             )
-        source = cls(folder, checkpoint, bare, keys, find_experts(bare) if experts else [], path, layers, device)
+        source = cls(folder, checkpoint, bare, keys, found if experts else [], [spec.name for spec in found], device)
         for spec in source.specs:  # on meta: shapes are checked without reading a weight
             keys.materialise(spec.name, source._meta)
         return source
+
+    @property
+    def layers_path(self) -> str:
+        return decoder_layers(self.model, self.experts)[0]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return decoder_layers(self.model, self.experts)[1]
 
     @property
     def vocabulary(self) -> int:
@@ -127,24 +152,53 @@ class DiskSource:
         return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
 
     def dense(self, spec: ExpertsSpec) -> DenseExperts:
-        module = self.model.get_submodule(spec.name)
         tensors = self.keys.materialise(spec.name, self.checkpoint.read)
         own = {name.removeprefix(f"{spec.name}."): tensor.to(self.device) for name, tensor in tensors.items()}
-        return dense_experts(module, spec, own)
+        return dense_experts(self.model, spec, own)
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
-        key = min(self.keys.sources_of(spec.name))
+        key = min(self.expert_keys(spec))
         return self.checkpoint.entries[key].torch_dtype
 
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.checkpoint.entries.values())
+        return self.checkpoint.total_bytes
+
+    def expert_bytes(self, spec: ExpertsSpec) -> int:
+        total = 0.0
+        for key in self.expert_keys(spec):
+            owners = [other.dense_numel for other in self.specs if key in self.expert_keys(other)] if self._shared else []
+            total += self.checkpoint.entries[key].nbytes * (spec.dense_numel / sum(owners) if owners else 1)
+        return round(total)
+
+    def expert_keys(self, spec: ExpertsSpec) -> set[str]:
+        """Keys of the checkpoint that hold the weights of an experts module, and nothing else it may hold.
+
+        Two modules share keys where the checkpoint stores them together, or where they are tied.
+        """
+        return self._expert_keys[spec.name]
+
+    @cached_property
+    def _expert_keys(self) -> dict[str, set[str]]:
+        return {
+            spec.name: {key for name in weight_names(self.model, spec.name) for key in self.keys.targets.get(name, ())}
+            for spec in self.specs
+        }
+
+    @cached_property
+    def _shared(self) -> bool:
+        return sum(map(len, self._expert_keys.values())) > len(set().union(*self._expert_keys.values()))
+
+    def quantized(self) -> tuple[str, int] | None:
+        method = self.checkpoint.quantization
+        return (method, self.checkpoint.stored_bytes) if method is not None else None
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         name = f"{self.layers_path}.{index}"
-        experts = [spec.name for spec in self.specs if spec.name.startswith(f"{name}.")]
+        inside = [spec.name for spec in self.specs if spec.name.startswith(f"{name}.")]
+        experts = {weight for module in inside for weight in weight_names(self.model, module)}
         for target in self._targets(name):
-            if not any(target.startswith(f"{module}.") for module in experts):
+            if target not in experts:
                 fill_(self.model, self.keys.materialise(target, self.checkpoint.read), self.device)
         for module in self.layers[index].modules():
             if isinstance(module, LatentExperts):
@@ -184,24 +238,35 @@ class LiveSource:
 
     model: PreTrainedModel
     specs: list[ExpertsSpec]
-    layers_path: str
-    layers: nn.ModuleList
     device: torch.device
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LiveSource:
         """Looks at a model in memory; raises `ModelError` as `find_experts`."""
-        path, layers = decoder_layers(model)
-        return cls(model, find_experts(model), path, layers, model.device)
+        return cls(model, find_experts(model), model.device)
+
+    @property
+    def layers_path(self) -> str:
+        return decoder_layers(self.model, [spec.name for spec in self.specs])[0]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return decoder_layers(self.model, [spec.name for spec in self.specs])[1]
 
     def dense(self, spec: ExpertsSpec) -> DenseExperts:
-        return dense_experts(self.model.get_submodule(spec.name), spec)
+        return dense_experts(self.model, spec)
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
-        return next(self.model.get_submodule(spec.name).parameters()).dtype
+        return self.model.get_parameter(weight_names(self.model, spec.name)[0]).dtype
+
+    def expert_bytes(self, spec: ExpertsSpec) -> int:
+        return sum(self.model.get_parameter(name).nbytes for name in weight_names(self.model, spec.name))
 
     def nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def quantized(self) -> None:
+        return None
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -8,12 +8,15 @@ Shape suffixes: N windows, B windows of one batch, L tokens of one window, T = N
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from molae_compress.calibration.walk import LayerArguments, ObservedExperts, Recorder, RoutedTokens, pass_through
 from molae_compress.checkpoint import WorkDirectory
+from molae_compress.errors import ModelError
+from molae_compress.layouts import layout_of
 from molae_compress.source import Source
 from molae_compress.tensors import ExpertsSpec
 
@@ -131,4 +134,17 @@ class ResidualStream:
 
 def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, nn.Module]:
     """Stand-ins computing what the dense experts of a layer compute; those with a recorder keep what they see."""
-    return {spec.name: ObservedExperts(source.dense(spec), recorders.get(spec.name)) for spec in specs}
+    stand_ins: dict[str, nn.Module] = {}
+    for spec in specs:
+        module = source.model.get_submodule(spec.name)
+        layout = layout_of(spec.name, module)
+        assert layout is not None
+        if layout.called_one_by_one:
+            raise ModelError(
+                f"The experts '{spec.name}' ({type(module).__name__}) cannot be observed.",
+                why="The model calls them one by one, so that routing weights are not to be seen.",
+                remedy="Compress data-free (no `calibration` section).",
+            )
+        enter = partial(layout.enter, module, spec)
+        stand_ins[spec.name] = ObservedExperts(source.dense(spec), enter, recorders.get(spec.name))
+    return stand_ins

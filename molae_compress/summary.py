@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from molae_compress.budget import Shapes
 from molae_compress.compress import Run
 from molae_compress.evaluation import Evaluation
+from molae_compress.layouts import LAYER_NUMBER, weight_names
 from molae_compress.planning import Plan, make_plan
 from molae_compress.report import CalibrationReport, LayerReport, Report, installed_versions, warnings_for
 
 
 def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> Plan:
     """What the shapes mean for the run's model."""
-    source, calibration = run.source, run.recipe.calibration
+    source, calibration, quantized = run.source, run.recipe.calibration, run.source.quantized()
     tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
-    experts = tuple(f"{spec.name}." for spec in source.specs)
+    experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
     by_layer: dict[str, int] = {}
     for name, tensor in source.model.state_dict().items():
-        if name.startswith(f"{source.layers_path}.") and not name.startswith(experts):
-            layer = name.removeprefix(f"{source.layers_path}.").split(".")[0]
+        number = LAYER_NUMBER.search(name)
+        if number is not None and name not in experts:
+            layer = name[: number.end()]
             by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
     return make_plan(
         model,
         source.specs,
         shapes,
-        dense_dtypes={spec.name: source.dtype(spec) for spec in source.specs},
+        dense_bytes={spec.name: source.expert_bytes(spec) for spec in source.specs},
         dtypes={spec.name: run.dtype(spec) for spec in source.specs},
         source_bytes=source.nbytes(),
         largest_layer_bytes=max(by_layer.values()),
         tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
         measured=measured,
+        stored_bytes=quantized[1] if quantized is not None else None,
     )
 
 
@@ -58,6 +62,9 @@ def summarise(
         source_fingerprint: of the checkpoint.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
+    source: dict[str, Any] = {"fingerprint": source_fingerprint, "bytes": plan.source_bytes}
+    if (quantized := run.source.quantized()) is not None:
+        source |= {"quantization": quantized[0], "stored_bytes": quantized[1]}
     used = None
     if run.windows_NL is not None and recipe.calibration is not None:
         windows, length = run.windows_NL.shape
@@ -75,7 +82,7 @@ def summarise(
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
         files={},
-        source={"fingerprint": source_fingerprint, "bytes": plan.source_bytes},
+        source=source,
         artifact={"bytes": plan.artifact_bytes},
     )
 

@@ -37,8 +37,10 @@ class ExpertsSpec:
         intermediate: I, the width between the two projections.
         has_gate: the first projection holds gate and up rows (J = 2I); without a gate J = I.
         has_bias: both projections carry a bias per expert.
-        is_transposed: the class stores `[E,H,J]` and `[E,I,H]`.
+        is_transposed: the class stores `[E,H,J]` and `[E,I,H]`, and so does the core of the layer form.
         interleaved: gate and up rows alternate instead of following each other.
+        has_output_norm: the output of each expert is normalised before routing weights are applied, so it must be decoded
+            before they are.
         top_k: K, experts per token.
     """
 
@@ -51,6 +53,7 @@ class ExpertsSpec:
     has_bias: bool = False
     is_transposed: bool = False
     interleaved: bool = False
+    has_output_norm: bool = False
     top_k: int = 1
 
     @property
@@ -79,7 +82,8 @@ class ExpertsSpec:
 class DenseExperts:
     """The weights of one experts module in canonical orientation, and the model's own activation.
 
-    `activate` maps the first projection's output `[N,J]` to `[N,I]` with the model's own gate, clamps and limits.
+    `activate` maps the first projection's output `[N,J]` to `[N,I]` with the model's own gate, clamps and limits; `after`,
+    where there is one, is what the model does to an expert's output `[N,H]` before routing weights are applied.
     """
 
     spec: ExpertsSpec
@@ -88,6 +92,7 @@ class DenseExperts:
     activate: Callable[[Tensor], Tensor]
     bias_in_EJ: Tensor | None = None
     bias_out_EH: Tensor | None = None
+    after: Callable[[Tensor], Tensor] | None = None
 
     def intermediate(self, expert: int, x_NH: Tensor) -> Tensor:
         """[N,I]: what expert `expert` computes before its second projection, in the dtype of `x_NH`."""
@@ -140,7 +145,8 @@ class LatentShape:
     def branches(self) -> tuple[tuple[str, str], ...]:
         """(basis, core) tensor stems of the input side: one pair, or one each for gate and up."""
         if self.gate_up == "separate":
-            return ("encode_gate", "gate"), ("encode_up", "up")
+            # Not `encode_gate`: a loader of transformers takes names that end in `gate.weight` for a router.
+            return ("gate_encode", "gate"), ("up_encode", "up")
         return (("encode", "gate_up"),)
 
     def tensors(self, spec: ExpertsSpec) -> dict[str, tuple[int, ...]]:

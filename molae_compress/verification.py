@@ -11,9 +11,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from molae_compress.adapters.skeleton import read_config
+from molae_compress.adapters.skeleton import model_class, read_config
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
@@ -127,7 +126,8 @@ def _loading(folder: Path, trust_remote_code: bool) -> tuple[bool, str]:
     source = _open(folder, trust_remote_code)
     if 4 * sum(tensor.numel() for tensor in source.model.state_dict().values()) > psutil.virtual_memory().available // 2:
         return True, "skipped: the model is larger than half of the free memory"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    loaded: Any = model_class(config).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     model, info = loaded

@@ -25,7 +25,6 @@ from molae_compress.checkpoint import (
     check_free_space,
     check_output_folder,
     publish,
-    refuse_quantized,
     write_safetensors,
     write_shards,
 )
@@ -254,23 +253,6 @@ def test_a_file_that_goes_away_meanwhile_is_a_plain_error(sharded: Path) -> None
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         list(checkpoint.chunks("layers.2.a"))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}},
-        {"compression_config": {"format": "x"}},
-    ],
-)
-def test_quantised_sources_are_refused(config: dict[str, Any]) -> None:
-    method = "fp8" if "quantization_config" in config else "mxfp4" if "text_config" in config else "unknown"
-    with pytest.raises(CheckpointError, match=f"method '{method}'.*dequantize"):
-        refuse_quantized(config)
-    refuse_quantized({"quantization_config": None, "text_config": {"hidden_size": 4}})
-    with pytest.raises(CheckpointError, match=r"compressed by molae_compress already.*expand"):
-        refuse_quantized({"quantization_config": {"quant_method": "molae"}})
 
 
 # ---------------------------------------------------------------- writing

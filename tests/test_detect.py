@@ -11,14 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from molae_compress.adapters import (
-    decoder_layers,
-    dense_experts,
-    expert_parameter_names,
-    find_experts,
-    store_dense_,
-)
+from molae_compress.adapters import decoder_layers, find_experts
 from molae_compress.errors import ModelError
+from molae_compress.layouts import dense_experts, layout_of, weight_names
 from molae_compress.tensors import ExpertsSpec
 from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, tiny_ids, tiny_model
 
@@ -51,7 +46,7 @@ def test_dense_weights_compute_what_the_module_computes(family: str) -> None:
     model = tiny_model(family)
     spec = find_experts(model)[0]
     experts = model.get_submodule(spec.name)
-    dense = dense_experts(experts, spec)
+    dense = dense_experts(model, spec)
     assert dense.w_in_EJH.shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN)
     assert dense.w_out_EHI.shape == (EXPERTS, HIDDEN, INTERMEDIATE)
     assert dense.w_in_EJH.data_ptr() == experts.gate_up_proj.data_ptr()  # a view
@@ -67,7 +62,7 @@ def test_dense_weights_compute_what_the_module_computes(family: str) -> None:
 def test_channel_of_row_is_what_the_activation_reads(family: str) -> None:
     model = tiny_model(family)
     spec = find_experts(model)[0]
-    activate = dense_experts(model.get_submodule(spec.name), spec).activate
+    activate = dense_experts(model, spec).activate
     h_J = torch.full((spec.rows,), 0.1)
     for row, channel in enumerate(spec.channel_of_row().tolist()):
         moved_J = h_J.clone()
@@ -79,17 +74,19 @@ def test_weights_from_disk_serve_a_module_on_meta(family: str) -> None:
     model, skeleton = tiny_model(family), on_meta(family)
     spec = find_experts(skeleton)[0]
     live, empty = model.get_submodule(spec.name), skeleton.get_submodule(spec.name)
-    weights = {name: getattr(live, name).detach() for name in expert_parameter_names(spec)}
-    dense, reference = dense_experts(empty, spec, weights), dense_experts(live, spec)
+    weights = {name: parameter.detach() for name, parameter in live.named_parameters()}
+    dense, reference = dense_experts(skeleton, spec, weights), dense_experts(model, spec)
     x_NH = torch.randn(3, HIDDEN)
     assert torch.equal(dense.intermediate(1, x_NH), reference.intermediate(1, x_NH))
     with pytest.raises(ModelError, match=r"experts\.down_proj' are not in memory"):
-        dense_experts(empty, spec, {k: v for k, v in weights.items() if k != "down_proj"})
+        dense_experts(skeleton, spec, {k: v for k, v in weights.items() if k != "down_proj"})
     with pytest.raises(ModelError, match="gate_up_proj' are not in memory"):
-        dense_experts(empty, spec)
+        dense_experts(skeleton, spec)
     with pytest.raises(ModelError, match=r"\(3, 4, 5\)"):
-        dense_experts(empty, spec, weights | {"gate_up_proj": torch.zeros(3, 4, 5)})
-    store_dense_(empty, dense)
+        dense_experts(skeleton, spec, weights | {"gate_up_proj": torch.zeros(3, 4, 5)})
+    layout = layout_of(spec.name, empty)
+    assert layout is not None
+    layout.store_(empty, dense)
     assert {name: tuple(p.shape) for name, p in empty.named_parameters()} == {
         name: tuple(p.shape) for name, p in live.named_parameters()
     }
@@ -99,9 +96,9 @@ def test_weights_from_disk_serve_a_module_on_meta(family: str) -> None:
 def test_the_activation_keeps_no_weights_alive(family: str) -> None:
     model = tiny_model(family)
     spec = find_experts(model)[0]
-    owner: Any = dense_experts(model.get_submodule(spec.name), spec).activate.__self__  # type: ignore[attr-defined]
+    owner: Any = dense_experts(model, spec).activate.__self__  # type: ignore[attr-defined]
     assert not list(owner.parameters())
-    assert len(list(model.get_submodule(spec.name).parameters())) == len(expert_parameter_names(spec))
+    assert len(list(model.get_submodule(spec.name).parameters())) == len(weight_names(model, spec.name))
 
 
 # ---------------------------------------------------------------- refusals

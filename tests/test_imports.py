@@ -11,12 +11,12 @@ PACKAGE = "molae_compress"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 MODULES = sorted(ROOT.rglob("*.py"))
 
-BASE = {"tensors", "errors", "stock"}
+BASE = {"tensors", "errors", "layouts"}
 MIDDLE = {"adapters", "calibration", "solver", "modeling", "checkpoint"}
 OUTER = {"finetune", "export", "report", "evaluate"}
 ALLOWED: dict[str, set[str]] = dict.fromkeys(MIDDLE, BASE) | {
     "solver": {"tensors", "errors"},
-    "stock": {"tensors", "errors"},
+    "layouts": {"tensors", "errors"},
     "tensors": {"errors"},
     "errors": set(),
 }

@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Train
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from molae_compress.adapters import dense_experts, find_experts
+from molae_compress.adapters import find_experts
 from molae_compress.errors import ModelError
+from molae_compress.layouts import dense_experts
 from molae_compress.modeling import LatentExperts, MolaeConfig, attach_, expand_, to_dense
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.quantizer import register
-from molae_compress.stock import describe
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 from tests.tiny import EXPERTS, FAMILIES, HIDDEN, TOP_K, tiny_ids, tiny_model
 
@@ -143,7 +143,7 @@ def test_full_rank_identity_basis_changes_nothing(family: str) -> None:
         specs = find_experts(model)
         modules = {}
         for spec in specs:
-            dense = dense_experts(model.get_submodule(spec.name), spec)
+            dense = dense_experts(model, spec)
             form = SHAPES[name]
             full = LatentShape(form.form, HIDDEN, HIDDEN, form.input_group, form.output_group, storage=form.storage)
             modules[spec.name] = (full, identity_latent(dense, full))
@@ -359,7 +359,7 @@ def test_expanded_models_load_without_the_package(tmp_path: Path) -> None:
             model = load(folder / "latent") if name == "interpolative" else latent
             expected[folder] = logits(model)
             assert expand_(model) is model
-            assert describe(model.get_submodule(find_experts(model)[0].name), "")  # stock again
+            assert find_experts(model)  # stock again
             model.save_pretrained(folder)
             original = tiny_model(family)
             original.save_pretrained(tmp_path / "original")

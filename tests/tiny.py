@@ -63,9 +63,12 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """An eval CausalLM of the family whose experts and routers matter: random, reproducible, under 200 kB."""
-    config = AutoConfig.for_model(family, **(_COMMON | _FAMILY[family]))
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """An eval CausalLM of the family whose experts and routers matter: random, reproducible, under 200 kB.
+
+    `changes` are values of its configuration that differ from those all tests share.
+    """
+    config = AutoConfig.for_model(family, **(_COMMON | _FAMILY[family] | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -92,9 +95,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_checkpoint(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
+def save_checkpoint(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shards: bool = False, **changes: Any
+) -> Path:
     """Writes a complete model folder in hub format (experts one by one, where the family does so); returns it."""
-    tiny_model(family, dtype).save_pretrained(folder, max_shard_size="60KB" if shards else "5GB")
+    tiny_model(family, dtype, **changes).save_pretrained(folder, max_shard_size="60KB" if shards else "5GB")
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,11 +1,5 @@
-"""What knows a model's class: which modules are routed experts, and their dense weights in canonical orientation."""
+"""What knows a model's class: which of its modules are routed experts, and in which stack of layers they lie."""
 
-from molae_compress.adapters.detect import (
-    decoder_layers,
-    dense_experts,
-    expert_parameter_names,
-    find_experts,
-    store_dense_,
-)
+from molae_compress.adapters.detect import decoder_layers, find_experts
 
-__all__ = ["decoder_layers", "dense_experts", "expert_parameter_names", "find_experts", "store_dense_"]
+__all__ = ["decoder_layers", "find_experts"]

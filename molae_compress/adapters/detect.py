@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from molae_compress.errors import ModelError
-from molae_compress.stock import (
-    dense_experts,
-    describe,
-    expert_parameter_names,
-    is_stock_experts,
-    store_dense_,
-)
+from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of
 from molae_compress.tensors import ExpertsSpec
 
-__all__ = ["decoder_layers", "dense_experts", "expert_parameter_names", "find_experts", "store_dense_"]
-
-TOP_K_NAMES = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-)
 EXPERTS_CLASS = re.compile(r"Experts?(MLP|GLU)?$")
 EXPERTS_ATTRIBUTE = re.compile(r"(^|_)experts?$")
-NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+# Experts which are no feed-forward layers. Nothing inside them is looked at either.
+LEFT_ALONE = ("JetMoeMoA", "VitPoseNaiveMoe")
+HOPELESS = {
+    "DogeCDMoE": "retrieves experts of one row and one column each: no basis is smaller than what it would replace",
+}
 
 
 def find_experts(model: nn.Module) -> list[ExpertsSpec]:
@@ -49,33 +36,38 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     specs: list[ExpertsSpec] = []
     strangers: list[str] = []
     for name, module in _outermost_experts(model):
-        if is_stock_experts(module):
-            specs.append(describe(module, name, layer=_layer_index(name), top_k=_top_k(model, name, module)))
-        else:
+        if layout_of(name, module) is None:
             strangers.append(f"'{name}' ({type(module).__name__})")
+        else:
+            specs.append(describe_in(model, name))
     if strangers:
         raise ModelError(
             f"{type(model).__name__} holds experts of a structure that is not understood: {_listed(strangers)}.",
             why="Compressing the rest and skipping these would leave most of the model as it is, without a word.",
-            remedy="Report the model class to the project; until it is supported this model cannot be compressed.",
+            remedy="Write a layout for the class (see docs/adapters.md), or report it to the project.",
         )
     if not specs:
         raise _nothing_found(model)
     return specs
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers that holds the routed experts: its path inside the model, and the list itself.
+def decoder_layers(model: nn.Module, experts: Iterable[str] | None = None) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers that holds all experts modules: its path inside the model, and the list itself.
+
+    Args:
+        model: a transformers model.
+        experts: paths of the experts modules; by default those `find_experts` finds.
 
     Raises:
         ModelError: as `find_experts`, or the experts lie in several stacks of layers (encoder and decoder, say).
     """
-    paths = {_stack_path(model, spec.name) for spec in find_experts(model)}
+    names = experts if experts is not None else [spec.name for spec in find_experts(model)]
+    paths = {_stack_path(model, name) for name in names}
     if len(paths) != 1:
         raise ModelError(
             f"The experts of {type(model).__name__} lie in {len(paths)} stacks of layers: {_listed(sorted(paths))}.",
             why="Calibration walks one stack of decoder layers.",
-            remedy="Compress a model with one stack, for example the text model alone.",
+            remedy="Compress data-free (no `calibration` section), or a model with one stack.",
         )
     path = paths.pop()
     layers = model.get_submodule(path)
@@ -89,13 +81,31 @@ def _outermost_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        if is_stock_experts(module) or (_looks_like_experts(name, module) and not _holds_stock_experts(module)):
+        class_name = type(module).__name__
+        if class_name in HOPELESS:
+            raise ModelError(
+                f"The experts module '{name}' of class {class_name} cannot be compressed.",
+                why=f"It {HOPELESS[class_name]}.",
+                remedy="Use another model, or compress its dense layers by other means.",
+            )
+        if class_name in LEFT_ALONE or _is_shared(name, module):
+            inside = f"{name}."
+        elif layout_of(name, module) is not None or (_looks_like_experts(name, module) and not _holds_experts(name, module)):
             inside = f"{name}."
             yield name, module
 
 
+def _is_shared(name: str, module: nn.Module) -> bool:
+    """Whether every token uses all of it: experts under such a name are plain dense layers."""
+    leaf = name.rpartition(".")[2]
+    if "shared" in leaf:
+        return _looks_like_experts(leaf, module)
+    # A class is also named so for the model it belongs to.
+    return "Shared" in type(module).__name__ and layout_of(name, module) is None and _looks_like_experts(leaf, module)
+
+
 def _looks_like_experts(name: str, module: nn.Module) -> bool:
-    if "shared" in name or "Shared" in type(module).__name__ or not any(True for _ in module.parameters()):
+    if not any(True for _ in module.parameters()):
         return False
     stacks = _stacks(module)
     if "gate_proj" in stacks:  # separate gate and up stacks are shared experts: every token uses all of them
@@ -105,8 +115,8 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     return bool(EXPERTS_CLASS.search(type(module).__name__) or EXPERTS_ATTRIBUTE.search(leaf)) or same_length
 
 
-def _holds_stock_experts(module: nn.Module) -> bool:
-    return any(is_stock_experts(child) for child in module.modules())
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return any(layout_of(f"{name}.{path}", child) is not None for path, child in module.named_modules() if path)
 
 
 def _stacks(module: nn.Module) -> dict[str, int]:
@@ -117,19 +127,9 @@ def _stacks(module: nn.Module) -> dict[str, int]:
     return {name: parameter.shape[0] for name, parameter in own if parameter.dim() == 3 and parameter.shape[0] > 1}
 
 
-def _layer_index(name: str) -> int:
-    match = NUMBER.search(name)
-    if match is None:
-        raise ModelError(
-            f"The experts module '{name}' does not lie in a numbered layer.",
-            remedy="Report the model class to the project.",
-        )
-    return int(match[1])
-
-
 def _stack_path(model: nn.Module, name: str) -> str:
     """Path of the outermost ModuleList above the module `name`."""
-    match = NUMBER.search(name)
+    match = LAYER_NUMBER.search(name)
     path = name[: match.start()] if match else ""
     if not path or not isinstance(model.get_submodule(path), nn.ModuleList):
         raise ModelError(
@@ -137,22 +137,6 @@ def _stack_path(model: nn.Module, name: str) -> str:
             remedy="Report the model class to the project.",
         )
     return path
-
-
-def _top_k(model: nn.Module, name: str, experts: nn.Module) -> int:
-    """Experts per token: what the router beside the experts says, else the configuration."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    config = experts.__dict__.get("config")
-    values = [getattr(child, "top_k", None) for child in parent.children()]
-    values += [getattr(config, key, None) for key in TOP_K_NAMES]
-    for value in values:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    raise ModelError(
-        f"How many experts a token uses in '{name}' is told neither by its router nor by the configuration.",
-        why=f"Looked for top_k beside the experts and for {', '.join(TOP_K_NAMES)} in {type(config).__name__}.",
-        remedy="Add num_experts_per_tok to config.json.",
-    )
 
 
 def _refuse_compressed(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -43,11 +44,35 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         ) from error
 
 
+def drop_quantization_(config: PretrainedConfig) -> None:
+    """Takes out what a configuration and those nested in it say about quantised weights."""
+    vars(config).pop("quantization_config", None)
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            drop_quantization_(value)
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """What loads a whole checkpoint: the class of transformers that its config names, else `AutoModelForCausalLM`.
+
+    For a composite of text and other towers the latter may load the text model alone.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    is_own_code = type(config).__module__.partition(".")[0] != "transformers"
+    if is_own_code or not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+        return AutoModelForCausalLM
+    return named
+
+
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of `config` in evaluation mode, parameters float32 on meta, other buffers on the CPU."""
+    """The model of `config` (see `model_class`) in evaluation mode, parameters float32 on meta, other buffers on the CPU."""
+    loader = model_class(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            if loader is AutoModelForCausalLM:
+                model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            else:
+                model = loader._from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise ModelError(
             f"No causal language model class belongs to model type '{config.model_type}'.",
@@ -59,11 +84,16 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pr
     return model
 
 
-def _fill_computed_buffers(model: PreTrainedModel) -> None:
-    """Rotary tables and the like are in no checkpoint: made as `from_pretrained` makes them, by the model's own code."""
-    for module in model.modules():
-        if zero_computed_buffers_(module, recurse=False):
-            model._init_weights(module)
+def _fill_computed_buffers(model: PreTrainedModel, root: nn.Module | None = None) -> None:
+    """Rotary tables and the like are in no checkpoint: made as `from_pretrained` makes them, by the model's own code.
+
+    Inside a composite that is the code of the innermost model around the buffer.
+    """
+    root = model if root is None else root
+    for child in root.children():
+        _fill_computed_buffers(child if isinstance(child, PreTrainedModel) else model, child)
+    if zero_computed_buffers_(root, recurse=False):
+        model._init_weights(root)
 
 
 def zero_computed_buffers_(root: nn.Module, *, recurse: bool = True) -> bool:

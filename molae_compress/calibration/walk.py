@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from molae_compress.errors import ModelError
+from molae_compress.layouts import Call
 from molae_compress.tensors import DenseExperts, ExpertsSpec
 
+Enter = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]  # the arguments of one call, normalised
 _WRAPPINGS: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x,
     lambda x: (x,),
@@ -50,27 +52,34 @@ class ObservedExperts(nn.Module):
     """Stands in for an experts module while calibration tokens pass: computes what it would, and keeps what it saw.
 
     The dense weights stay in the precision of the checkpoint; one expert at a time is widened.
+
+    Args:
+        dense: what it computes.
+        enter: how it is called.
+        record: told inputs, experts (E where a slot has none) and routing weights of every call.
     """
 
-    def __init__(self, dense: DenseExperts, record: Callable[[Tensor, Tensor, Tensor], None] | None) -> None:
+    def __init__(self, dense: DenseExperts, enter: Enter, record: Callable[[Tensor, Tensor, Tensor], None] | None) -> None:
         super().__init__()
-        self.dense, self._record = dense, record
+        self.dense, self._enter, self._record = dense, enter, record
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        dense = self.dense
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call, dense = self._enter(args, kwargs), self.dense
+        x_TH, weight_TK = call.x_TH, call.weight_TK
+        index_TK = call.index_TK.masked_fill(weight_TK == 0, dense.spec.num_experts)  # slots without an expert
         if self._record is not None:
-            self._record(x_TH, top_k_index, top_k_weights)
+            self._record(x_TH, index_TK, weight_TK)
         y_TH = torch.zeros_like(x_TH)
-        for expert in top_k_index.unique().tolist():
+        for expert in index_TK.unique().tolist():
             if expert >= dense.spec.num_experts:
-                continue  # a slot without an expert
-            tokens_N, slots_N = (top_k_index == expert).nonzero(as_tuple=True)
+                continue
+            tokens_N, slots_N = (index_TK == expert).nonzero(as_tuple=True)
             out_NH = dense.intermediate(expert, x_TH[tokens_N]) @ dense.w_out_EHI[expert].to(x_TH.dtype).T
             if dense.bias_out_EH is not None:
                 out_NH = out_NH + dense.bias_out_EH[expert].to(x_TH.dtype)
-            y_TH.index_add_(0, tokens_N, out_NH * top_k_weights[tokens_N, slots_N, None].to(x_TH.dtype))
-        return y_TH.view_as(hidden_states)
+            out_NH = out_NH if dense.after is None else dense.after(out_NH)
+            y_TH.index_add_(0, tokens_N, (out_NH * weight_TK[tokens_N, slots_N, None]).to(x_TH.dtype))
+        return call.leave(y_TH)
 
 
 class Recorder:
@@ -88,7 +97,8 @@ class Recorder:
             self._index_TK = torch.zeros(len(self._x_TH), index_TK.shape[1], dtype=torch.int64)
             self._gate_TK = torch.zeros(len(self._x_TH), index_TK.shape[1])
         rows = slice(self._filled, self._filled + len(x_TH))
-        self._x_TH[rows], self._index_TK[rows], self._gate_TK[rows] = x_TH, index_TK, gate_TK
+        if rows.stop <= len(self._x_TH):
+            self._x_TH[rows], self._index_TK[rows], self._gate_TK[rows] = x_TH, index_TK, gate_TK
         self._filled = rows.stop
 
     def tokens(self, name: str, energy_T: Tensor) -> RoutedTokens:
@@ -96,7 +106,7 @@ class Recorder:
         if self._filled != len(energy_T):
             raise ModelError(
                 f"Experts module '{name}' saw {self._filled} of {len(energy_T)} calibration tokens.",
-                why="The model does not send every token through it, so what it saw cannot be matched to tokens.",
+                why="The model does not send every token through it once, so what it saw cannot be matched to tokens.",
                 remedy="List it under `ignore`, or compress data-free (no `calibration.data`).",
             )
         return RoutedTokens(self._x_TH, self._index_TK, self._gate_TK, energy_T)
@@ -149,7 +159,7 @@ class LayerArguments:
         for wrap in (self._wrap,) if self._wrap is not None else _WRAPPINGS:
             try:
                 args, kwargs = self._capture(layer, ids_BL, wrap)
-            except (AttributeError, TypeError, IndexError) as error:
+            except (AttributeError, TypeError, IndexError, ValueError) as error:
                 cause = error  # this wrapping is not what the model expects of a layer
                 continue
             hidden = args[0] if args else kwargs.get("hidden_states")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from molae_compress.checkpoint.reader import Checkpoint, TensorEntry, check_finite, refuse_quantized
+from molae_compress.checkpoint.dequantize import open_source, without_quantization
+from molae_compress.checkpoint.finite import check_finite
+from molae_compress.checkpoint.reader import Checkpoint, StoredTensors, TensorEntry
 from molae_compress.checkpoint.source import companion_files, resolve_model
 from molae_compress.checkpoint.work import WorkDirectory
 from molae_compress.checkpoint.writer import (
@@ -20,6 +22,7 @@ from molae_compress.checkpoint.writer import (
 
 __all__ = [
     "Checkpoint",
+    "StoredTensors",
     "TensorEntry",
     "TensorSource",
     "WorkDirectory",
@@ -30,9 +33,10 @@ __all__ = [
     "check_free_space",
     "check_output_folder",
     "companion_files",
+    "open_source",
     "publish",
-    "refuse_quantized",
     "resolve_model",
+    "without_quantization",
     "write_file",
     "write_safetensors",
     "write_shards",

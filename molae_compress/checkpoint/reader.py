@@ -15,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from molae_compress.checkpoint.finite import check_finite
 from molae_compress.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -59,28 +60,64 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: bytes `start` to `end` of `file`, counted from the start of the file.
-
-    `dtype` is the safetensors code, e.g. `BF16`.
-    """
+class TensorHeader:
+    """A tensor of a checkpoint without its values; `dtype` is the safetensors code, e.g. `BF16`."""
 
     name: str
-    file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in the file."""
-        return self.end - self.start
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch type of `dtype`."""
         return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class TensorEntry(TensorHeader):
+    """Where one tensor lies: bytes `start` to `end` of `file`, counted from the start of the file."""
+
+    file: Path
+    start: int
+    end: int
+
+
+class StoredTensors(Protocol):
+    """What reads and copies tensors of a checkpoint, whether they lie in its files as they are or are made from them."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorHeader]:
+        """Tensor name -> type and shape, in the order of the files."""
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which the files hold some of the weights in fewer bits; None if every tensor lies there as it is."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they are read."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as the files hold them."""
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into memory of its own; raises `CheckpointError` if it cannot be read or is not finite."""
+
+    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yields the bytes of one tensor in pieces of at most `size` bytes, each checked as `read` checks."""
+
+    def fingerprint(self) -> str:
+        """A sha256 of what lies in the files."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +169,19 @@ class Checkpoint:
         return cls(path, tuple(files), entries, metadata)
 
     @property
+    def quantization(self) -> None:
+        """Tensors are read as they lie in the files."""
+        return None
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """The same: a tensor is read as it is stored."""
+        return self.total_bytes
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor into memory of its own.
@@ -151,19 +198,23 @@ class Checkpoint:
         check_finite(name, values, where=f"in '{entry.file}'", single=values.numel() == 1)
         return values.view(entry.shape)
 
-    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Yields the bytes of one tensor in pieces of at most `size` bytes, each checked as `read` checks."""
+    def pieces(self, name: str, count: int) -> Iterator[Tensor]:
+        """Yields one tensor in flat pieces of `count` numbers, the last maybe of fewer, each checked as `read` checks."""
         entry = self.entries[name]
         itemsize = entry.torch_dtype.itemsize
-        step = max(1, size // itemsize) * itemsize
         with _opened(entry.file) as file:
             file.seek(entry.start)
-            for offset in range(0, entry.nbytes, step):
-                raw = bytearray(min(step, entry.nbytes - offset))
+            for offset in range(0, entry.nbytes, count * itemsize):
+                raw = bytearray(min(count * itemsize, entry.nbytes - offset))
                 _fill(file, memoryview(raw), entry)
                 values = torch.frombuffer(raw, dtype=entry.torch_dtype)
                 check_finite(name, values, where=f"in '{entry.file}'", single=entry.nbytes == itemsize)
-                yield bytes(raw)
+                yield values
+
+    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yields the bytes of one tensor in pieces of at most `size` bytes, each checked as `read` checks."""
+        for values in self.pieces(name, max(1, size // self.entries[name].torch_dtype.itemsize)):
+            yield values.view(torch.uint8).numpy().tobytes()
 
     def fingerprint(self) -> str:
         """A sha256 that says whether this is still the same checkpoint, wherever it lies and whenever it was written.
@@ -183,61 +234,6 @@ class Checkpoint:
                     file.seek(size * index // _SAMPLES)
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
-
-
-def check_finite(name: str, values: Tensor, *, where: str, single: bool = False) -> None:
-    """Raises `CheckpointError` if the flat tensor `values` is of a floating type and holds a NaN or an infinity.
-
-    Args:
-        name: the tensor, for the message.
-        values: [N], all of the tensor or a part of it.
-        where: the place, for the message.
-        single: the whole tensor is one number. That is no weight but a setting, and may be infinite: some models store
-            limits for clipping so, and an open limit is an infinity.
-    """
-    if not values.is_floating_point():
-        return
-    for piece in values.split(2**22) if values.numel() else ():
-        # One-byte floats have no reductions of their own. The extremes carry a NaN or an infinity of any element, and
-        # cost a small fraction of an elementwise test.
-        piece = piece.float() if piece.dtype.itemsize == 1 else piece
-        low, high = torch.aminmax(piece)
-        extremes = (float(low.item()), float(high.item()))
-        if any(map(math.isnan, extremes)) or (not single and any(map(math.isinf, extremes))):
-            raise CheckpointError(
-                f"The tensor '{name}' {where} holds NaN or infinite values.",
-                why="Everything computed from it would be NaN too, and the result a model that answers nonsense.",
-                remedy="Download the checkpoint again and compare its hash, or repair the tensor before compressing.",
-            )
-
-
-def refuse_quantized(config: dict[str, Any]) -> None:
-    """Refuses a model whose weights on disk are quantised.
-
-    Args:
-        config: the parsed `config.json` of the model; the configurations nested in it are looked at too.
-
-    Raises:
-        CheckpointError: names the quantisation method and how to get a plain copy.
-    """
-    for value in config.values():
-        if isinstance(value, dict):
-            refuse_quantized(value)
-    entry = config.get("quantization_config") or config.get("compression_config")
-    if not entry:
-        return
-    method = str(entry.get("quant_method", "unknown")) if isinstance(entry, dict) else str(entry)
-    if method == "molae":
-        raise CheckpointError(
-            "This model is compressed by molae_compress already ('quant_method': 'molae' in its config.json).",
-            remedy="Compress the original model, or write a dense copy with 'molae-compress expand' first.",
-        )
-    raise CheckpointError(
-        f"The weights of this model are quantised with the method '{method}' (quantization_config in its config.json).",
-        why="Only plain floating-point weights can be factorised.",
-        remedy="Use the unquantised release of the model, or load it with dequantize=True in transformers, save it "
-        "with save_pretrained, and compress that folder.",
-    )
 
 
 @contextmanager
@@ -371,4 +367,4 @@ def _entry(path: Path, name: str, value: dict[str, Any], offset: int) -> TensorE
         raise ValueError(f"tensor '{name}'")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - start:
         raise ValueError(f"tensor '{name}' of shape {list(shape)} and type {dtype} cannot have {end - start} bytes")
-    return TensorEntry(name, path, dtype, shape, offset + start, offset + end)
+    return TensorEntry(name, dtype, shape, path, offset + start, offset + end)

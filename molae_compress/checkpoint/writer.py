@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molae_compress.checkpoint.reader import CHUNK_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, check_finite
+from molae_compress.checkpoint.finite import check_finite
+from molae_compress.checkpoint.reader import CHUNK_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensors
 from molae_compress.errors import CheckpointError, ResumeError
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -48,12 +49,12 @@ class TensorSource:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @classmethod
-    def copied(cls, checkpoint: Checkpoint, name: str) -> TensorSource:
-        """A tensor of a checkpoint, copied bit for bit under its own name."""
+    def copied(cls, checkpoint: StoredTensors, name: str) -> TensorSource:
+        """A tensor of a checkpoint, copied bit for bit as it is read, under its own name."""
         return cls.stored(checkpoint, name, name)
 
     @classmethod
-    def stored(cls, checkpoint: Checkpoint | Path, stored_name: str, name: str) -> TensorSource:
+    def stored(cls, checkpoint: StoredTensors | Path, stored_name: str, name: str) -> TensorSource:
         """The tensor `stored_name` of a checkpoint or safetensors file, copied bit for bit under the name `name`."""
         checkpoint = Checkpoint.open(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         entry = checkpoint.entries[stored_name]

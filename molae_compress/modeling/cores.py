@@ -10,57 +10,95 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from molae_compress.modeling.routed import Route, routed_linear
-from molae_compress.stock import activation, bare_copy
+from molae_compress.layouts import Layout, bare_copy
+from molae_compress.modeling.routed import Route, make_route, routed_linear, routed_sum
 from molae_compress.tensors import ExpertsSpec, LatentShape
 
 WIDTH_NAMES = ("hidden_dim", "hidden_size")
 
 
-def layer_core(experts: nn.Module, spec: ExpertsSpec, shape: LatentShape) -> nn.Module:
-    """The model's own experts class at hidden width R, with empty parameters.
+def layer_core(experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> nn.Module:
+    """The core of the layer form, with empty parameters: the model's own experts class at hidden width R, if it can be."""
+    return _own_core(experts, spec, shape, like) if layout.own_core else PlainCore(experts, layout, spec, shape, like)
+
+
+def _own_core(experts: nn.Module, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> nn.Module:
+    """The model's own class.
 
     An output bias is not the core's business (it stays at full width, after decode), but the class reads one: it gets a
     buffer for it that stays zero and is not saved.
     """
-    like = next(experts.parameters())
     core = bare_copy(experts)
     for name in WIDTH_NAMES:
         if core.__dict__.get(name) == spec.hidden:
             core.__dict__[name] = shape.rank_in
-    for name, size in shape.tensors(spec).items():
-        if name.startswith("core."):
-            core.register_parameter(name.removeprefix("core."), nn.Parameter(like.new_empty(size)))
+    _add_parameters(core, spec, shape, like)
     if spec.has_bias:
         zeros = like.new_zeros(spec.num_experts, shape.rank_in)
         core.register_buffer("down_proj_bias", zeros, persistent=False)
     return core
 
 
+def _add_parameters(core: nn.Module, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
+    for name, size in shape.tensors(spec).items():
+        if name.startswith("core."):
+            core.register_parameter(name.removeprefix("core."), nn.Parameter(like.new_empty(size)))
+
+
+class PlainCore(nn.Module):
+    """Core of the layer form for classes that cannot compute at another width: `[E,J,R]` and `[E,R,I]`, called alike.
+
+    Args:
+        experts: the original module, whose activation is used.
+        layout: its layout.
+        spec: its description.
+        shape: how it is stored.
+        like: gives device and type of the parameters.
+    """
+
+    activate: Callable[[Tensor], Tensor]
+    down_proj: Tensor
+
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.config = experts.__dict__.get("config")
+        self.first = "gate_up_proj" if spec.has_gate else "up_proj"
+        _add_parameters(self, spec, shape, like)
+        self.__dict__["activate"] = layout.activation(experts)
+
+    def forward(self, z_TR: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """`[T,R]`: routed sums, without output biases."""
+        route = make_route(index_TK, self.spec.num_experts, getattr(self.config, "_experts_implementation", None))
+        h_SJ = routed_linear(z_TR[route.token_S], getattr(self, self.first), route, 1, transposed=False)
+        if self.spec.has_bias:
+            h_SJ = h_SJ + getattr(self, f"{self.first}_bias")[route.expert_S]
+        return routed_sum(routed_linear(self.activate(h_SJ), self.down_proj, route, 1, transposed=False), weight_TK, route)
+
+
 class GroupedCore(nn.Module):
     """Cores of the grouped form: `[E*R,J]` into the activation and `[E*R,I]` out of it, latent dimension in front.
 
     Args:
-        experts: the stock module, whose activation is used.
+        experts: the original module, whose activation is used.
+        layout: its layout.
         spec: its description.
         shape: how it is stored.
+        like: gives device and type of the parameters.
     """
 
     activate: Callable[[Tensor], Tensor]
     down: Tensor
     bias: Tensor | None
 
-    def __init__(self, experts: nn.Module, spec: ExpertsSpec, shape: LatentShape) -> None:
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
         super().__init__()
         self.spec = spec
         self.stems = tuple(core for _, core in shape.branches())
-        like = next(experts.parameters())
         self.register_parameter("bias", None)
-        for name, size in shape.tensors(spec).items():
-            if name.startswith("core."):
-                self.register_parameter(name.removeprefix("core."), nn.Parameter(like.new_empty(size)))
-        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the stock module.
-        self.__dict__["activate"] = activation(experts)
+        _add_parameters(self, spec, shape, like)
+        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the original.
+        self.__dict__["activate"] = layout.activation(experts)
 
     def forward(self, latent_SR: tuple[Tensor, ...], route: Route) -> Tensor:
         """`[S,R_out]`, or `[S,H]` where the second projection is dense.

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from molae_compress.errors import ModelError
 from molae_compress.modeling.bases import basis_matrix
 from molae_compress.modeling.latent import LatentExperts
-from molae_compress.stock import activation, store_dense_
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 
 Dense = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -65,7 +64,13 @@ def to_dense(latent: LatentExperts) -> DenseExperts:
             remedy="Load the model without offloading.",
         )
     w_in, w_out, bias_in, bias_out = dense_weights(latent.spec, latent.shape, tensors)
-    return DenseExperts(latent.spec, w_in, w_out, activation(latent.stock()), bias_in, bias_out)
+    activate, after = latent.layout.activation(latent.stock()), latent.layout.after_expert(latent)
+    return DenseExperts(latent.spec, w_in, w_out, activate, bias_in, bias_out, after)
+
+
+def dense_module(latent: LatentExperts) -> nn.Module:
+    """The original experts module again, with dense weights; raises `ModelError` as `to_dense`."""
+    return latent.layout.store_(latent.stock(), to_dense(latent))
 
 
 def expand_(model: PreTrainedModel) -> PreTrainedModel:
@@ -86,7 +91,7 @@ def expand_(model: PreTrainedModel) -> PreTrainedModel:
         latent = model.get_submodule(name)
         assert isinstance(latent, LatentExperts)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, store_dense_(latent.stock(), to_dense(latent)))
+        setattr(model.get_submodule(parent), leaf, dense_module(latent))
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

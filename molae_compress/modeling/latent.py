@@ -8,30 +8,33 @@ only the large parameters go. Shape suffixes: see `molae_compress.tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from molae_compress.errors import ModelError
+from molae_compress.layouts import FLAGS, Layout, bare_copy, layout_of
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.cores import GroupedCore, layer_core
-from molae_compress.modeling.routed import Route, make_route
-from molae_compress.stock import bare_copy
+from molae_compress.modeling.routed import make_route, routed_sum
 from molae_compress.tensors import ExpertsSpec, Form, GateUp, LatentShape, Storage
 
 LAYER_RANK = 8  # stock experts classes compute with kernels that take no other widths in 16 bit
 
 
 class LatentExperts(nn.Module):
-    """Latent experts with the calling contract of every stock experts module of transformers.
+    """Latent experts, called as the experts module of transformers for which they stand.
 
-    Make one with `from_stock`; its tensors are named as in `LatentShape.tensors`.
+    Make one with `from_stock`; its own tensors are named as in `LatentShape.tensors`. What else the original holds (a
+    router, a norm, a bias after the routed sum) lies beside them under its own name.
 
     Attributes:
         spec: the experts module it stands for.
         shape: how it is stored.
-        config: the model's configuration, which names the experts implementation.
+        layout: how the original stores its weights and is called.
         num_experts: E.
     """
 
@@ -40,21 +43,25 @@ class LatentExperts(nn.Module):
     decode: nn.Module
     decode_bias: Tensor | None
 
-    def __init__(self, experts: nn.Module, spec: ExpertsSpec, shape: LatentShape) -> None:
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape) -> None:
         super().__init__()
-        self.spec, self.shape, self.num_experts = spec, shape, spec.num_experts
-        self.config: Any = experts.__dict__["config"]
-        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the stock module.
-        self.__dict__["_stock"] = bare_copy(experts)
-        like = next(experts.parameters())
+        self.spec, self.shape, self.layout, self.num_experts = spec, shape, layout, spec.num_experts
+        self._weights = weights = layout.weight_names(experts)
+        like = experts.get_parameter(weights[0])
+        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the original.
+        stock = self.__dict__["_stock"] = bare_copy(experts, weights)
+        for key, value in vars(stock).items():
+            if key not in vars(self) and key not in FLAGS:
+                self.__dict__[key] = value  # models and layouts read such attributes
+        _keep(experts, weights, self)
         if shape.form == "layer":
             for name, sizes in (("encode", (spec.hidden, shape.rank_in)), ("decode", (shape.rank_in, spec.hidden))):
                 self.add_module(name, nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype))
-            self.core = layer_core(experts, spec, shape)
+            self.core = layer_core(experts, layout, spec, shape, like)
         else:
             for name, _ in shape.branches():
                 self.add_module(name, self._basis(like, shape.input_group, shape.rank_in, decode=False))
-            self.core = GroupedCore(experts, spec, shape)
+            self.core = GroupedCore(experts, layout, spec, shape, like)
             if shape.rank_out is not None:
                 self.decode = self._basis(like, shape.output_group, shape.rank_out, decode=True)
         bias = nn.Parameter(like.new_empty(spec.num_experts, spec.hidden)) if spec.has_bias else None
@@ -73,20 +80,27 @@ class LatentExperts(nn.Module):
             ModelError: `shape` does not fit `spec`.
         """
         check_shape(spec, shape)
-        return cls(experts, spec, shape)
+        layout = layout_of(spec.name, experts)
+        assert layout is not None
+        return (LatentExpertList if layout.called_one_by_one else cls)(experts, layout, spec, shape)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T,H] from `hidden_states [T,H]`, the experts of each token `[T,K]` and their routing weights `[T,K]`."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Called and answering as the original; most are `forward(hidden_states, top_k_index, top_k_weights)`."""
+        call = self.layout.enter(self, self.spec, args, kwargs)
+        return call.leave(self.routed(call.x_TH, call.index_TK, call.weight_TK).to(call.x_TH.dtype))
+
+    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """[T,H] from inputs [T,H], the experts of each token [T,K] and their routing weights [T,K]."""
         if self.shape.form == "layer":
-            y_TH: Tensor = self.decode(self.core(self.encode(hidden_states), top_k_index, top_k_weights))
+            y_TH: Tensor = self.decode(self.core(self.encode(x_TH), index_TK, weight_TK))
         else:
-            y_TH = self._grouped(hidden_states, top_k_index, top_k_weights)
+            y_TH = self._grouped(x_TH, index_TK, weight_TK)
         if self.decode_bias is not None:
             # One row of routing weights per token: cheaper than gathering a bias for every slot.
-            routing_TE = top_k_weights.new_zeros(top_k_index.shape[0], self.num_experts)
-            routing_TE = routing_TE.scatter_add(1, top_k_index, top_k_weights)
+            routing_TE = weight_TK.new_zeros(index_TK.shape[0], self.num_experts)
+            routing_TE = routing_TE.scatter_add(1, index_TK, weight_TK)
             y_TH = y_TH + routing_TE.to(y_TH.dtype) @ self.decode_bias
-        return y_TH.to(hidden_states.dtype)
+        return y_TH
 
     def load_latent_(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes copies of the tensors of `LatentShape.tensors`, of the module's type and on its device.
@@ -97,12 +111,11 @@ class LatentExperts(nn.Module):
             ModelError: a tensor is missing, unknown or of another shape, or pivots do not ascend inside their group.
         """
         check_tensors(self.spec, self.shape, tensors)
-        device = next(self.parameters()).device
         for name, tensor in tensors.items():
             parent, _, leaf = name.rpartition(".")
             holder = self.get_submodule(parent)
             old = getattr(holder, leaf)
-            place = tensor.device if device.type == "meta" else device
+            place = tensor.device if old.is_meta else old.device
             value = tensor.detach().to(device=place, dtype=old.dtype, copy=True)
             # Replaced instead of written into: what is on meta holds no memory.
             setattr(holder, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
@@ -113,7 +126,7 @@ class LatentExperts(nn.Module):
         for module in self.modules():
             if isinstance(module, Basis):
                 module.prepare()
-        if self.shape.form == "layer" and self.spec.has_bias:
+        if self.shape.form == "layer" and self.spec.has_bias and self.layout.own_core:
             zeros_ER = self.core.get_buffer("down_proj_bias")
             if zeros_ER.is_meta:
                 zeros_ER = zeros_ER.new_empty(zeros_ER.shape, device=self.core.get_parameter("down_proj").device)
@@ -125,8 +138,11 @@ class LatentExperts(nn.Module):
         return {name: held[name] for name in self.shape.tensors(self.spec)}
 
     def stock(self) -> nn.Module:
-        """The stock experts module that this one stands for, without parameters."""
-        return bare_copy(self.__dict__["_stock"])
+        """The experts module that this one stands for, without the experts' weights."""
+        held: nn.Module = self.__dict__["_stock"]
+        stock = bare_copy(held, self._weights)
+        _keep(self, (*self.shape.tensors(self.spec),), stock)
+        return stock
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -134,7 +150,8 @@ class LatentExperts(nn.Module):
         return f"experts={self.num_experts}, form={self.shape.form}, rank_in={self.shape.rank_in}, rank_out={rank_out}"
 
     def _grouped(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        route = make_route(index_TK, self.num_experts, self.config._experts_implementation)
+        config = self.__dict__.get("config")
+        route = make_route(index_TK, self.num_experts, getattr(config, "_experts_implementation", None))
         bases = [getattr(self, basis) for basis, _ in self.shape.branches()]
         if self.shape.input_group == self.num_experts:  # one basis: each token is encoded once for all its experts
             latent_SR = tuple(basis(x_TH)[route.token_S] for basis in bases)
@@ -142,12 +159,13 @@ class LatentExperts(nn.Module):
             x_SH = x_TH[route.token_S]
             latent_SR = tuple(basis(x_SH, route) for basis in bases)
         u_SN = self.core(latent_SR, route)
-        if self.shape.rank_out is None:
-            return _routed_sum(u_SN, weight_TK, route)
-        if self.shape.output_group == self.num_experts:  # one basis: the routed sum is decoded once for each token
-            y_TH: Tensor = self.decode(_routed_sum(u_SN, weight_TK, route))
+        after = self.layout.after_expert(self)
+        one_output_basis = self.shape.rank_out is not None and self.shape.output_group == self.num_experts
+        if one_output_basis and after is None:  # the routed sum is decoded once for each token
+            y_TH: Tensor = self.decode(routed_sum(u_SN, weight_TK, route))
             return y_TH
-        return _routed_sum(self.decode(u_SN, route), weight_TK, route)
+        y_SH = u_SN if self.shape.rank_out is None else self.decode(u_SN, route)
+        return routed_sum(y_SH if after is None else after(y_SH), weight_TK, route)
 
     def _basis(self, like: Tensor, size: int, rank: int, *, decode: bool) -> Basis:
         return Basis(
@@ -162,10 +180,49 @@ class LatentExperts(nn.Module):
         )
 
 
-def _routed_sum(y_SN: Tensor, weight_TK: Tensor, route: Route) -> Tensor:
-    """[T,N]: rows of a token's experts, weighted by its routing and summed."""
-    y_TKN = route.restore(y_SN, weight_TK.shape[1])
-    return (y_TKN * weight_TK[..., None]).sum(dim=1).to(y_SN.dtype)
+class LatentExpertList(LatentExperts):
+    """Latent experts in place of a list or dictionary, out of which the model takes single experts to call them itself."""
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, key: int | str) -> Callable[..., Tensor]:
+        expert = self.keys().index(key) if isinstance(key, str) else range(self.num_experts)[key]
+        return partial(self._one, expert)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys()) if isinstance(self.__dict__["_stock"], nn.ModuleDict) else self.values()
+
+    def keys(self) -> list[str]:
+        """Names of the experts, of a dictionary."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self._weights))
+
+    def values(self) -> Iterator[Callable[..., Tensor]]:
+        """The experts, callable."""
+        return (partial(self._one, expert) for expert in range(self.num_experts))
+
+    def items(self) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+        """Names and experts, of a dictionary."""
+        return zip(self.keys(), self.values(), strict=True)
+
+    def _one(self, expert: int, x: Tensor) -> Tensor:
+        x_NH = x.reshape(-1, self.spec.hidden)
+        index_N1 = torch.full((x_NH.shape[0], 1), expert, device=x.device)
+        return self.routed(x_NH, index_N1, torch.ones_like(x_NH[:, :1])).to(x.dtype).reshape(x.shape)
+
+
+def _keep(module: nn.Module, left_out: tuple[str, ...], holder: nn.Module) -> None:
+    """Gives `holder` all that `module` holds beside the parameters `left_out` and the submodules they lie in."""
+    gone = {name.partition(".")[0] for name in left_out}
+    for name, child in module._modules.items():
+        if name not in gone:
+            holder.add_module(name, child)
+    for name, parameter in module._parameters.items():
+        if name not in gone and parameter is not None:
+            holder.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        if name not in gone and buffer is not None:
+            holder.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
 
 
 def check_shape(spec: ExpertsSpec, shape: LatentShape) -> None:
@@ -193,6 +250,8 @@ def check_shape(spec: ExpertsSpec, shape: LatentShape) -> None:
     ]
     if shape.gate_up == "separate" and not spec.has_gate:
         problems.append("gate_up is separate, but the experts have no gate")
+    if shape.form == "layer" and spec.has_output_norm:
+        problems.append("the layer form sums experts before decoding, but the model normalises the output of each expert")
     one_group = shape.input_group == shape.output_group == spec.num_experts
     plain = shape.gate_up == "joint" and shape.storage == "orthonormal"
     if shape.form == "layer" and not (one_group and plain and shape.rank_in == shape.rank_out):

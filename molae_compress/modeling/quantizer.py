@@ -24,9 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from molae_compress.errors import ModelError
+from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of
 from molae_compress.modeling.expand import expand_
 from molae_compress.modeling.latent import LatentExperts, check_shape, check_tensors
-from molae_compress.stock import describe, is_stock_experts
 from molae_compress.tensors import LatentShape
 
 METHOD = "molae"
@@ -140,10 +140,10 @@ def swap_(model: PreTrainedModel, config: MolaeConfig) -> list[str]:
     All entries are checked before the first module is swapped.
 
     Raises:
-        ModelError: a module does not exist, is not a stock experts module, or its shape is impossible.
+        ModelError: a module does not exist, is no experts module of a known layout, or its shape is impossible.
     """
     wanted = {_resolve(model, name): shape for name, shape in config.shapes().items()}
-    specs = {path: describe(model.get_submodule(path), path) for path in wanted}
+    specs = {path: describe_in(model, path) for path in wanted}
     for path, shape in wanted.items():
         _replace(model, path, LatentExperts.from_stock(model.get_submodule(path), specs[path], shape))
     return list(wanted)
@@ -159,8 +159,8 @@ def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Map
         modules: experts module path -> its latent shape and the tensors `LatentShape.tensors` names.
 
     Raises:
-        ModelError: a path is not a stock experts module, a shape or its tensors do not fit, or the model is quantised
-            by another method or offloaded.
+        ModelError: a path is no experts module of a known layout, a shape or its tensors do not fit, or the model is
+            quantised by another method or offloaded.
     """
     config = getattr(model.config, "quantization_config", None)
     if config is not None and not isinstance(config, MolaeConfig):
@@ -179,7 +179,7 @@ def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Map
                 why="Its hooks would stay behind and move the new tensors.",
                 remedy="Load the model on one device, without offloading.",
             )
-        specs[name] = describe(experts, name)
+        specs[name] = describe_in(model, name)
         check_shape(specs[name], shape)
         check_tensors(specs[name], shape, tensors)
     for name, (shape, tensors) in modules.items():
@@ -208,12 +208,25 @@ def register() -> None:
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str:
-    """The path of the experts module `name` in this model, which may have a head more or less than the one saved."""
-    prefix = f"{model.base_model_prefix}."
-    for path in (name, name.removeprefix(prefix), prefix + name):
-        if _experts_at(model, path) is not None:
-            return path
-    raise _mismatch(model, name)
+    """The path of the experts module `name` in this model, which may lack a head or other towers, or have more of them.
+
+    What is above the list of layers may differ, as long as one module only fits.
+    """
+    if _experts_at(model, name) is not None:
+        return name
+    inside = _in_layers(name)
+    fitting: list[str] = [
+        path for path, _ in model.named_modules() if _in_layers(path) == inside and _experts_at(model, path) is not None
+    ]
+    if len(fitting) != 1:
+        raise _mismatch(model, name)
+    return fitting[0]
+
+
+def _in_layers(name: str) -> str:
+    """The path from the list of layers on."""
+    number = LAYER_NUMBER.search(name)
+    return name if number is None else name[name.rfind(".", 0, number.start()) + 1 :]
 
 
 def _experts_at(model: nn.Module, path: str) -> nn.Module | None:
@@ -222,7 +235,7 @@ def _experts_at(model: nn.Module, path: str) -> nn.Module | None:
         module = getattr(model.get_submodule(parent), leaf, None)
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Module) and is_stock_experts(module) else None
+    return module if isinstance(module, nn.Module) and layout_of(path, module) is not None else None
 
 
 def _mismatch(model: PreTrainedModel, name: str) -> ModelError:
@@ -247,9 +260,27 @@ def _refuse_unloaded(model: PreTrainedModel, path: str, latent: LatentExperts) -
         )
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _replace(model: PreTrainedModel, path: str, latent: LatentExperts) -> None:
+    parent_path, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, leaf, latent)
+    # Some classes initialise the experts' weights together with their block; those weights are gone, and the rest of the
+    # block is read from the checkpoint, as transformers reports if it is not.
+    if not parent._non_persistent_buffers_set:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+    # Experts of two stacks that are one in the original become two: what ties them speaks of weights that are gone.
+    ties = model.all_tied_weights_keys
+    for tied in [tied for pair in ties.items() for tied in pair[:1] if any(name.startswith(f"{path}.") for name in pair)]:
+        if not all(_holds(model, name) for name in (tied, ties[tied])):
+            del ties[tied]
+
+
+def _holds(model: nn.Module, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        return leaf in model.get_submodule(parent)._parameters
+    except AttributeError:
+        return False
 
 
 register()

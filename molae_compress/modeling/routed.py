@@ -91,3 +91,9 @@ def _looped_linear(x_SN: Tensor, weight_GNM: Tensor, ends_G: Tensor) -> Tensor:
     starts = [0, *ends_G.tolist()]
     slices = zip(starts[:-1], starts[1:], weight_GNM, strict=True)
     return torch.cat([x_SN[start:end] @ weight_NM for start, end, weight_NM in slices])
+
+
+def routed_sum(y_SN: Tensor, weight_TK: Tensor, route: Route) -> Tensor:
+    """[T,N]: rows of a token's experts, weighted by its routing and summed."""
+    y_TKN = route.restore(y_SN, weight_TK.shape[1])
+    return (y_TKN * weight_TK[..., None]).sum(dim=1).to(y_SN.dtype)

@@ -44,7 +44,7 @@ _LIMITS = """\
 
 - It is an approximation of the original model and inherits its limits and biases. Test it on your own task first.
 - Its distance to the original differs from text to text; calibrated models are closest on text like the calibration text.
-- Only routed experts were changed. Routers, shared experts, attention and embeddings are the original's, bit for bit."""
+- Only routed experts were changed. Routers, shared experts, attention and embeddings are the original's, {exactness}."""
 
 
 def model_card(report: Report, base_readme: str | None) -> str:
@@ -69,7 +69,7 @@ def model_card(report: Report, base_readme: str | None) -> str:
         _calibration(report),
         *([_warnings(report)] if report.warnings else []),
         _layer_table(report),
-        _LIMITS,
+        _limits(report),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -86,9 +86,10 @@ def comparison(report: Report) -> list[tuple[str, str, str]]:
     """What changed, as rows (figure, original, compressed); only figures that are known."""
     plan, evaluation = report.plan, report.evaluation or {}
     flops = [sum(layer[key] for layer in plan["layers"]) for key in ("dense_flops", "flops")]
+    stored = report.source.get("stored_bytes", report.source["bytes"])
     rows = [
         ("parameters in routed experts", f"{plan['dense_parameters']:,}", _with_share(plan, "parameters", ",")),
-        ("weights on disk", format_bytes(report.source["bytes"]), format_bytes(report.artifact["bytes"])),
+        ("weights on disk", format_bytes(stored), format_bytes(report.artifact["bytes"])),
         ("operations of routed experts per token", f"{flops[0]:,}", f"{flops[1]:,} ({_percent(flops[1], flops[0])})"),
     ]
     figures = (
@@ -176,6 +177,13 @@ def _calibration(report: Report) -> str:
 
 def _warnings(report: Report) -> str:
     return "\n".join(["## Warnings of the run", "", *(f"- {warning}" for warning in report.warnings)])
+
+
+def _limits(report: Report) -> str:
+    method = report.source.get("quantization")
+    if method is None:
+        return _LIMITS.format(exactness="bit for bit")
+    return _LIMITS.format(exactness=f"dequantised from {method} to bfloat16 where they are quantised there")
 
 
 def _layer_table(report: Report) -> str:

@@ -85,7 +85,8 @@ class Report:
         versions: of the software, see `installed_versions`.
         timings: stage -> seconds.
         files: name -> sha256 of every file of the artifact that the report vouches for.
-        source: `fingerprint` and `bytes` of the source checkpoint.
+        source: `fingerprint` and `bytes` of the source checkpoint; if it is quantised, `bytes` are those after dequantising,
+            and `quantization` and `stored_bytes` say how and in how many its files hold the tensors.
         artifact: `bytes` of the tensors of the result.
     """
 
