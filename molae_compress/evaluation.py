@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from molae_compress.calibration.text import read_texts, token_windows
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.compress import Progress, silent
-from molae_compress.errors import DataError
-from molae_compress.source import DiskSource, choose_device
+from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,15 +79,11 @@ def evaluate(
     sources = {"result": result}
     if against is not None:
         sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, experts=False)
-    tokenizer = AutoTokenizer.from_pretrained(result.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(result.folder, trust_remote_code=trust_remote_code)
     windows_NL = token_windows(
         read_texts(data, column), tokenizer, samples=samples, sequence_length=sequence_length, seed=None
     )
-    if int(windows_NL.max()) >= min(source.vocabulary for source in sources.values()):
-        raise DataError(
-            "The tokenizer makes tokens that the model has no embedding for.",
-            remedy="Give models that belong to the same tokenizer.",
-        )
+    check_tokens(windows_NL, min(source.vocabulary for source in sources.values()))
     batches = windows_NL.split(batch_size)
     hidden = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
     sums = torch.zeros(4, dtype=torch.float64)
@@ -102,10 +95,10 @@ def evaluate(
             logits = {name: model.logits(ids_BL, hidden[name][batch]) for name, model in arguments.items()}
             sums += _compare(logits["result"], logits.get("original"), ids_BL.to(target))
     count = windows_NL.numel() - len(windows_NL)
-    nll, original_nll, kl, same = (sums / count).tolist()
+    perplexity, original_perplexity = (sums[:2] / count).exp().tolist()
     if against is None:
-        return Evaluation(count, exp(nll))
-    return Evaluation(count, exp(nll), exp(original_nll), kl, same)
+        return Evaluation(count, perplexity)
+    return Evaluation(count, perplexity, original_perplexity, *(sums[2:] / count).tolist())
 
 
 def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:

@@ -10,18 +10,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.adapters import decoder_layers, dense_experts, find_experts
 from molae_compress.adapters.keys import KeyMap
 from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton, zero_computed_buffers_
 from molae_compress.checkpoint import Checkpoint, refuse_quantized, resolve_model
-from molae_compress.errors import CheckpointError, RecipeError
+from molae_compress.errors import CheckpointError, DataError, ModelError, RecipeError
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.modeling.quantizer import MolaeConfig, swap_
 from molae_compress.recipe import Recipe
@@ -112,8 +113,9 @@ class DiskSource:
                 remedy="Fetch the checkpoint again, with all its shards.",
             )
         source = cls(folder, checkpoint, bare, keys, find_experts(bare) if experts else [], path, layers, device)
-        for spec in source.specs:  # on meta: shapes are checked without reading a weight
-            keys.materialise(spec.name, source._meta)
+        keys.materialise("", source._meta)  # on meta: shapes are checked without reading a weight
+        for spec in source.specs:
+            _check_experts(source, spec)
         return source
 
     @property
@@ -122,7 +124,7 @@ class DiskSource:
         embedding: Any = self.model.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
-    def _meta(self, key: str) -> torch.Tensor:
+    def _meta(self, key: str) -> Tensor:
         entry = self.checkpoint.entries[key]
         return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
 
@@ -237,7 +239,72 @@ def chosen(specs: list[ExpertsSpec], recipe: Recipe) -> list[ExpertsSpec]:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU if there is one, else the CPU; one layer at a time lives there."""
+    """`auto` is a GPU if there is one, else the CPU; one layer at a time lives there.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"The device '{device}' cannot be used.",
+            why=f"torch says: {str(error).splitlines()[0].rstrip('.')}.",
+            remedy="Use `auto` or `cpu`, or install a build of torch for this device.",
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ModelError: there is none, or none that can be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise _no_tokenizer(folder) from error
+    # without files transformers makes an empty one, of special tokens alone
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise _no_tokenizer(folder)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _no_tokenizer(folder: str | Path) -> ModelError:
+    return ModelError(
+        f"'{folder}' has no tokenizer that can be loaded.",
+        why="Without it text cannot be turned into the model's tokens.",
+        remedy="Fetch the tokenizer files of the model too (tokenizer.json, tokenizer_config.json).",
+    )
+
+
+def check_tokens(windows_NL: Tensor, vocabulary: int) -> None:
+    """Raises `DataError` if a token has no row in the model's embedding."""
+    if (largest := int(windows_NL.max())) >= vocabulary:
+        raise DataError(
+            f"The tokenizer makes the token {largest}, and the model has no embedding for it (it has {vocabulary}).",
+            why="Tokenizer and weights are not of the same model.",
+            remedy="Fetch tokenizer and weights of the same model again.",
+        )
+
+
+def _check_experts(source: DiskSource, spec: ExpertsSpec) -> None:
+    """Refuses experts stored in eight bits without saying so, or with tensors beside them that the class does not know."""
+    keys = source.keys.sources_of(spec.name)
+    dtypes = {source.checkpoint.entries[key].dtype for key in keys}
+    if not dtypes <= {"F64", "F32", "F16", "BF16"}:
+        raise CheckpointError(
+            f"The experts '{spec.name}' are stored as {', '.join(sorted(dtypes))}.",
+            why="Only plain floating-point weights can be factorised.",
+            remedy="Use a release of the model in bfloat16, float16 or float32.",
+        )
+    place = commonprefix(sorted(keys)).rpartition(".")[0]  # noqa: RUF071 - of names, not of paths
+    if strangers := sorted(key for key in source.keys.unknown if key.startswith(f"{place}.")):
+        raise CheckpointError(
+            f"The checkpoint has {len(strangers)} tensors of the experts '{spec.name}' that {type(source.model).__name__} "
+            f"does not know, for example '{strangers[0]}'.",
+            why="They may be scales of quantised weights, without which the experts mean something else.",
+            remedy="Use an unquantised release of the model, with a transformers version that knows it.",
+        )

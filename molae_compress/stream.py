@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from molae_compress.calibration.walk import LayerArguments, ObservedExperts, Recorder, RoutedTokens, pass_through
 from molae_compress.checkpoint import WorkDirectory
+from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.source import Source
 from molae_compress.tensors import ExpertsSpec
 
@@ -95,10 +96,11 @@ class ResidualStream:
 
     def recorder(self, spec: ExpertsSpec) -> Recorder:
         """Room for what one experts module sees of the whole stream."""
-        folder = None
-        if not self._in_memory and self._work is not None:
-            folder = self._work.path(STAGE, "inputs").parent
-        return Recorder(spec, self._tokens, folder)
+        if self._in_memory or self._work is None:
+            return Recorder(spec, self._tokens, None)
+        folder = self._work.path(STAGE, "inputs").parent
+        with disk_errors(folder):
+            return Recorder(spec, self._tokens, folder)
 
     def forget(self, layer: int) -> None:
         """Removes the stored stream before `layer`, once nothing needs it any more."""

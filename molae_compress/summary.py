@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import yaml
 
@@ -45,6 +45,7 @@ def summarise(
     data_sha256: str = "",
     evaluation: Evaluation | None = None,
     source_fingerprint: str = "",
+    unknown: Collection[str] = (),
 ) -> Report:
     """The report of a finished run.
 
@@ -56,6 +57,7 @@ def summarise(
         data_sha256: of the calibration text.
         evaluation: comparison with the original.
         source_fingerprint: of the checkpoint.
+        unknown: its tensors that the model class does not know.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
     used = None
@@ -63,6 +65,12 @@ def summarise(
         windows, length = run.windows_NL.shape
         used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
     layers = _layer_reports(run, shapes)
+    warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
+    if unknown:
+        warnings += (
+            f"{len(unknown)} tensors of the checkpoint are unknown to {type(run.source.model).__name__} and were copied as "
+            f"they are, for example '{min(unknown)}'.",
+        )
     return Report(
         model=model,
         recipe=yaml.safe_load(recipe.dump()),
@@ -71,7 +79,7 @@ def summarise(
         layers=layers,
         calibration=used,
         evaluation=evaluation.to_dict() if evaluation is not None else None,
-        warnings=warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None),
+        warnings=warnings,
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
         files={},

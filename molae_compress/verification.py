@@ -85,10 +85,13 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Pro
 
 def _report(folder: Path) -> tuple[bool, str]:
     report = Report.load(folder)
-    return True, f"written by molae_compress {report.versions['molae_compress']} for {report.model}"
+    return True, f"written by molae_compress {report.versions.get('molae_compress')} for {report.model}"
 
 
 def _files(folder: Path, report: Report) -> tuple[bool, str]:
+    weights = {path.name for path in folder.glob("*.safetensors*")}
+    if strangers := sorted(({"config.json"} | weights) - report.files.keys()):
+        return False, f"the report does not vouch for '{strangers[0]}'"
     for name, expected in report.files.items():
         if not (folder / name).exists():
             return False, f"'{name}' is missing"

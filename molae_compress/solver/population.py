@@ -36,12 +36,15 @@ class Population(Protocol):
         """[H,R]: C B^T for the expert's own input covariance C, shrunk towards `prior_HR` = the layer's C B^T."""
 
     def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor] | None:
-        """Rows [N,H] and weights [N] (sum 1) that stand for the expert's inputs when `size` features are estimated."""
+        """Rows [N,H] and weights [N] (sum 1) that stand for the expert's inputs when `size` features are estimated.
+
+        None if nothing is known of any input.
+        """
 
 
 @dataclass(frozen=True)
 class Uninformed:
-    """No calibration data: all input directions alike, all experts alike."""
+    """No calibration data: all input directions alike, all experts alike. MoLAE's own setting (arXiv 2503.23100)."""
 
     num_experts: int
     hidden: int
@@ -124,7 +127,11 @@ class Calibrated:
 
     @cached_property
     def _weights_E(self) -> Tensor:
-        weights_E = torch.stack([self.rows(expert)[1].sum() for expert in range(self.num_experts)])
+        slots_S = self.index_TK.reshape(-1).clamp_max(self.num_experts)
+        weights_E = torch.zeros(self.num_experts + 1, dtype=torch.float64)
+        weights_E = weights_E.index_add_(0, slots_S, self.slot_weight_TK.reshape(-1))[: self.num_experts]
+        if not weights_E.any():
+            return torch.full_like(weights_E, 1.0 / self.num_experts)
         return weights_E.clamp_min(_LEAST_SHARE * weights_E.mean())
 
     @cached_property
@@ -139,10 +146,13 @@ class Calibrated:
 
     @cached_property
     def _pool(self) -> tuple[Tensor, Tensor]:
+        """Evenly spaced token indices [P] of the layer, and their weights [P] (sum 1) on the device."""
         tokens = self.x_TH.shape[0]
-        step = max(1, tokens // _POOL_TOKENS)
-        index_P = torch.arange(0, tokens, step)[:_POOL_TOKENS]
-        return index_P, self.slot_weight_TK.sum(1)[index_P].to(self.device)
+        size = min(tokens, _POOL_TOKENS)
+        index_P = torch.arange(size) * tokens // max(1, size)
+        w_P = self.slot_weight_TK.sum(1)[index_P]
+        w_P = w_P if w_P.any() else torch.ones_like(w_P)
+        return index_P, (w_P / w_P.sum()).to(self.device)
 
     def weight(self, expert: int) -> float:
         """See `Population`; the summed weight of the expert's tokens."""
@@ -163,18 +173,20 @@ class Calibrated:
             return prior_HR
         x_NH = self.inputs(index_N).to(b_RH.dtype)
         p_N = w_N / w_N.sum()
-        level = (x_NH.double().square().mean(1) @ p_N).to(b_RH.dtype)
-        own_HR = (1 - ridge) * cross(x_NH, x_NH @ b_RH.T, p_N).to(b_RH.dtype) + ridge * level * b_RH.T
-        return share * own_HR + (1 - share) * prior_HR
+        own_HR = cross(x_NH, x_NH @ b_RH.T, p_N).to(b_RH.dtype)
+        level = float(x_NH.square().mean(1).double() @ p_N)
+        return share * ((1 - ridge) * own_HR + ridge * level * b_RH.T) + (1 - share) * prior_HR
 
     def _share(self, index_N: Tensor, w_N: Tensor, size: int) -> float:
         return trust(len(index_N), size, self.shrinkage) if float(w_N.sum()) > 0 else 0.0
 
-    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor]:
+    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor] | None:
         index_N, w_N = self.rows(expert)
+        index_P, p_P = self._pool
         share = self._share(index_N, w_N, size)
+        if share == 0.0:
+            return (self.inputs(index_P), p_P) if len(index_P) else None
+        p_N = w_N / w_N.sum()
         if share == 1.0:
-            return self.inputs(index_N), w_N / w_N.sum()
-        index_P, w_P = self._pool
-        own_N = share * w_N / w_N.sum() if share > 0 else torch.zeros_like(w_N)
-        return self.inputs(torch.cat([index_N, index_P])), torch.cat([own_N, (1 - share) * w_P / w_P.sum()])
+            return self.inputs(index_N), p_N
+        return self.inputs(torch.cat([index_N, index_P])), torch.cat([share * p_N, (1 - share) * p_P])
