@@ -109,6 +109,11 @@ def test_kl_is_what_the_page_says_of_err_h(results: dict[str, Any]) -> None:
     assert all(1 <= row["kl"] / row["err_h"] <= 3.5 for row in results["rows"] if "kl" in row)
 
 
+def test_every_benchmark_is_described() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"`{path.name}`" not in text] == []
+
+
 @pytest.mark.slow
 def test_the_results_are_those_of_the_code(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

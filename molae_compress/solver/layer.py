@@ -162,19 +162,19 @@ def _input_spectra(
     covariance_HH = population.covariance(group, fit.ridge_in)
     root_HH = cholesky(covariance_HH).to(_work(dense))
     branches = branch_rows(spec, shape, root_HH.device)
-    stacks = [Stack(len(group) * len(rows_X), spec.hidden, rank) for rows_X in branches]
-    # one product with the root at the end costs less than one per expert
-    late = not stacks[0].keeps_rows and len(group) * len(branches[0]) > 2 * spec.hidden
+    stacked = len(group) * spec.rows // len(branches)
+    stacks = [Stack(stacked, spec.hidden, rank) for _ in branches]
+    late = stacked > 2 * spec.hidden  # one product with the root at the end costs less than one per expert
     for expert in group:
         w_JH = dense.w_in_EJH[expert].to(_work(dense))
         w_JH = w_JH if late else w_JH @ root_HH
         metric_JJ = _metric(dense, population, expert, fit) if fit.metric == "two-sided" else None
         weight = population.weight(expert)
-        for stack, rows_X in zip(stacks, branches, strict=True):
+        for stack, rows in zip(stacks, branches, strict=True):
             if metric_JJ is None:
-                stack.add(w_JH[rows_X] * weight**0.5)
+                stack.add(w_JH[rows] * weight**0.5)
             else:
-                stack.add(w_JH[rows_X], metric_JJ[rows_X][:, rows_X] * weight)
+                stack.add(w_JH[rows], metric_JJ[rows][:, rows] * weight)
     spectra = []
     for stack in stacks:
         if late:
@@ -194,13 +194,13 @@ def _fit_input(
     shape, work = packed.shape, _work(dense)
     spectra, group_HH = _input_spectra(dense, population, group, shape, fit, shape.rank_in)
     branches = zip(shape.branches(), branch_rows(dense.spec, shape, layer_HH.device), spectra, strict=True)
-    for (stem, core), rows_X, spectrum in branches:
+    for (stem, core), rows, spectrum in branches:
         assert spectrum.vectors_HR is not None
         b_RH = packed.set_basis(stem, group.start // shape.input_group, spectrum.vectors_HR.T).to(work)
         inverse_HR = right_inverse(b_RH)
         prior_HR = (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T
         for expert in group:
-            w_XH = dense.w_in_EJH[expert].to(work)[rows_X]
+            w_XH = dense.w_in_EJH[expert].to(work)[rows]
             cb_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
             packed.core(core, expert).copy_(refit_core(w_XH, b_RH, inverse_HR, cb_HR))
 

@@ -57,10 +57,13 @@ class Moments:
 def cross(a_ND: Tensor, b_NF: Tensor, w_N: Tensor) -> Tensor:
     """[D,F] float64: sum over rows of w a b^T, multiplied in the dtype of `a` (at least float32), summed in float64."""
     work = torch.float64 if a_ND.dtype == torch.float64 else torch.float32
-    out_DF = torch.zeros(a_ND.shape[1], b_NF.shape[1], dtype=torch.float64, device=a_ND.device)
-    for start in range(0, a_ND.shape[0], _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        out_DF += ((a_ND[rows].to(work) * w_N[rows, None].to(work)).T @ b_NF[rows].to(work)).double()
+
+    def product(rows: slice) -> Tensor:
+        return ((a_ND[rows].to(work) * w_N[rows, None].to(work)).T @ b_NF[rows].to(work)).double()
+
+    out_DF = product(slice(0, _CHUNK))
+    for start in range(_CHUNK, a_ND.shape[0], _CHUNK):
+        out_DF += product(slice(start, start + _CHUNK))
     return out_DF
 
 

@@ -13,11 +13,12 @@ from molae_compress.solver.basis import interpolated, interpolative, orthonormal
 from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
 
 
-def branch_rows(spec: ExpertsSpec, shape: LatentShape, device: torch.device | str) -> list[Tensor]:
-    """For each input branch the rows [X] int64 of the first projection it makes; channel order for separate bases."""
-    assert spec.has_gate or shape.gate_up == "joint"
-    rows = spec.gate_rows() if shape.gate_up == "separate" else (torch.arange(spec.rows),)
-    return [rows_X.to(device) for rows_X in rows]
+def branch_rows(spec: ExpertsSpec, shape: LatentShape, device: torch.device | str) -> list[Tensor | slice]:
+    """For each input branch, an index of the rows of the first projection it makes; channel order for separate bases."""
+    if shape.gate_up == "joint":
+        return [slice(None)]
+    assert spec.has_gate
+    return [rows_X.to(device) for rows_X in spec.gate_rows()]
 
 
 class Packed:
@@ -90,8 +91,8 @@ class Packed:
         h_NJ = parts[0]
         if len(parts) > 1:
             h_NJ = torch.empty(len(x_NH), self.spec.rows, dtype=x_NH.dtype, device=x_NH.device)
-            for rows_X, part_NX in zip(branch_rows(self.spec, self.shape, x_NH.device), parts, strict=True):
-                h_NJ[:, rows_X] = part_NX
+            for rows, part_NX in zip(branch_rows(self.spec, self.shape, x_NH.device), parts, strict=True):
+                h_NJ[:, rows] = part_NX
         return h_NJ if bias_J is None else h_NJ + bias_J.to(x_NH.dtype)
 
     def output(self, expert: int, z_NI: Tensor) -> Tensor:
