@@ -1,6 +1,6 @@
 """Peak memory of `apply` on checkpoints that differ in nothing but their number of layers.
 
-    python benchmarks/memory.py                      # 4 and 24 layers of 101 MB each, minutes on two cores
+    python benchmarks/memory.py                      # 4 and 24 layers of 201 MB each, minutes on two cores
     python benchmarks/memory.py --layers 2 6 --stages
     python benchmarks/memory.py --json               # for a program
 
@@ -24,7 +24,7 @@ from typing import Any
 
 DIFFERENCE_GOAL, RATIO_GOAL = 0.10, 3.0
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pocket-moe"  # for its tokenizer
-WINDOWS, LENGTH = 8, 256
+WINDOWS, LENGTH = 8, 128
 MB = 1e6
 
 
@@ -132,7 +132,7 @@ def show(runs: list[dict[str, Any]], difference: float) -> None:
         print(
             f"{run['layers']:3} layers of {run['layer_bytes'] / MB:.0f} MB: peak {run['peak'] / MB:.0f} MB "
             f"(after imports {run['imported'] / MB:.0f}, after planning {run['baseline'] / MB:.0f}, "
-            f"activations {run['activations'] / MB:.0f}; the plan says {run['planned'] / MB:.0f} beyond the process itself), "
+            f"activations {run['activations'] / MB:.0f}; the plan says {run['planned'] / MB:.0f} beyond the process), "
             f"(peak - planning - activations) / layer = {run['ratio']:.2f} (goal < {RATIO_GOAL:g})"
         )
     print(f"peaks differ by {difference:.1%} (goal < {DIFFERENCE_GOAL:.0%})")
@@ -141,12 +141,12 @@ def show(runs: list[dict[str, Any]], difference: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 24])
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=256)
     parser.add_argument("--stages", action="store_true", help="also print the memory after every layer")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where to put the checkpoints (several GB); a temporary folder if absent")
+    parser.add_argument("--folder", type=Path, help="where to put the checkpoints (several GB); temporary if absent")
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

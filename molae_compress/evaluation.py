@@ -1,8 +1,8 @@
 """Perplexity, KL divergence and agreement of an artifact, streamed: one layer of one model in memory at a time.
 
 Both models first carry all tokens through their layers, each window's residual stream ending before the final norm; then
-the logits of both are made batch by batch, by the models' own final norm, head and scaling.
-Shape suffixes: N windows, B windows of one batch, L tokens, V vocabulary; the rest as in `tensors`.
+the logits of both are made window by window, by the models' own final norm, head and scaling.
+Shape suffixes: N windows, B windows of one batch, L tokens, P positions of a window, V vocabulary; the rest as in `tensors`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from molae_compress.calibration.text import read_texts, token_windows
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.compress import Progress, silent
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
+
+_POSITIONS = 256  # compared at a time
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ def evaluate(
         for source in sources.values():
             stack.enter_context(source.ends(head=True))
         arguments = {name: LayerArguments(source.model, source.layers, target) for name, source in sources.items()}
-        for batch, ids_BL in enumerate(batches):
-            logits = {name: model.logits(ids_BL, hidden[name][batch]) for name, model in arguments.items()}
-            sums += _compare(logits["result"], logits.get("original"), ids_BL.to(target))
+        # a window at a time: logits of a large vocabulary take far more memory than hidden states
+        for window, ids_1L in enumerate(windows_NL.split(1)):
+            batch, row = divmod(window, batch_size)
+            logits = {name: model.logits(ids_1L, hidden[name][batch][row, None])[0] for name, model in arguments.items()}
+            sums += _compare(logits["result"], logits.get("original"), ids_1L[0].to(target))
     count = windows_NL.numel() - len(windows_NL)
     perplexity, original_perplexity = (sums[:2] / count).exp().tolist()
     if against is None:
@@ -115,15 +119,17 @@ def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress
     return hidden
 
 
-def _compare(logits_BLV: Tensor, original_BLV: Tensor | None, ids_BL: Tensor) -> Tensor:
+def _compare(logits_LV: Tensor, original_LV: Tensor | None, ids_L: Tensor) -> Tensor:
     """[4] float64 sums over predicted tokens: negative log likelihoods of both, KL, agreements."""
-    logp = logits_BLV[:, :-1].float().log_softmax(-1)
-    next_BL1 = ids_BL[:, 1:, None]
-    nll = -logp.gather(-1, next_BL1).double().sum()
-    if original_BLV is None:
-        return torch.stack([nll.cpu(), *torch.zeros(3, dtype=torch.float64)])
-    original = original_BLV[:, :-1].float().log_softmax(-1)
-    kl = (original.exp() * (original - logp)).sum(-1).double().sum()
-    same = (original.argmax(-1) == logp.argmax(-1)).double().sum()
-    original_nll = -original.gather(-1, next_BL1).double().sum()
-    return torch.stack([nll, original_nll, kl, same]).cpu()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(ids_L) - 1, _POSITIONS):
+        rows = slice(start, min(start + _POSITIONS, len(ids_L) - 1))
+        next_P1 = ids_L[rows.start + 1 : rows.stop + 1, None]
+        logp_PV = logits_LV[rows].float().log_softmax(-1)
+        sums[0] -= logp_PV.gather(-1, next_P1).double().sum().cpu()
+        if original_LV is not None:
+            original_PV = original_LV[rows].float().log_softmax(-1)
+            sums[1] -= original_PV.gather(-1, next_P1).double().sum().cpu()
+            sums[2] += (original_PV.exp() * (original_PV - logp_PV)).sum(-1).double().sum().cpu()
+            sums[3] += (original_PV.argmax(-1) == logp_PV.argmax(-1)).double().sum().cpu()
+    return sums

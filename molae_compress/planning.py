@@ -158,26 +158,47 @@ def make_plan(
     largest_layer_bytes: int,
     tokens: int,
     measured: bool,
-    in_memory: bool = True,
+    ends_bytes: int = 0,
+    evaluated: bool = False,
+    memory_limit: int | None = None,
 ) -> Plan:
-    """Adds up a whole model; `largest_layer_bytes` is what one decoder layer without its experts takes in float32."""
+    """Adds up a whole model.
+
+    Args:
+        model: folder or hub id.
+        specs: all of its routed-experts modules.
+        shapes: of those that are compressed.
+        dense_dtypes: type of the checkpoint, by module.
+        dtypes: type of the latent tensors, by module.
+        source_bytes: tensors of the checkpoint.
+        largest_layer_bytes: one decoder layer without its experts in float32.
+        tokens: calibration tokens.
+        measured: see `Plan`.
+        ends_bytes: what comes before and after the decoder layers, in float32.
+        evaluated: the result is compared with the original at the end.
+        memory_limit: activations above it are spilled to disk; None is no limit.
+    """
     layers = tuple(
         layer_plan(spec, shapes.get(spec.name), dense_dtype=dense_dtypes[spec.name], dtype=dtypes[spec.name])
         for spec in specs
     )
     hidden = max(spec.hidden for spec in specs)
     activations = tokens * (2 * hidden * 4 + max(spec.top_k for spec in specs) * 12 + 4)
+    held = activations if memory_limit is None or 2 * tokens * hidden * 4 <= memory_limit else 0
     experts = max(layer.dense_bytes for layer in layers)
     latent = max(layer.bytes for layer in layers)
     artifact = source_bytes + sum(layer.bytes - layer.dense_bytes for layer in layers)
+    # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
+    working = max(2 * experts, experts + 2 * latent)
+    # both models at once after their last layers, or the dense experts widened to float32
+    compared = max(ends_bytes, experts + 4 * max(layer.dense_parameters for layer in layers)) if evaluated else 0
     return Plan(
         model=model,
         layers=layers,
         source_bytes=source_bytes,
         artifact_bytes=artifact,
         measured=measured,
-        # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
-        memory_bytes=largest_layer_bytes + max(2 * experts, experts + 2 * latent) + (activations if in_memory else 0),
+        memory_bytes=largest_layer_bytes + ends_bytes + max(working + held, compared),
         activation_bytes=activations,
         disk_bytes=2 * artifact + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,

@@ -19,8 +19,11 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
     tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
     experts = tuple(f"{spec.name}." for spec in source.specs)
     by_layer: dict[str, int] = {}
+    ends = 0
     for name, tensor in source.model.state_dict().items():
-        if name.startswith(f"{source.layers_path}.") and not name.startswith(experts):
+        if not name.startswith(f"{source.layers_path}."):
+            ends += 4 * tensor.numel()
+        elif not name.startswith(experts):
             layer = name.removeprefix(f"{source.layers_path}.").split(".")[0]
             by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
     return make_plan(
@@ -33,6 +36,9 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         largest_layer_bytes=max(by_layer.values()),
         tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
         measured=measured,
+        ends_bytes=ends,
+        evaluated=run.recipe.evaluate is not None,
+        memory_limit=run.memory_limit,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,26 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import molae_compress as molae
-from molae_compress import Report
+from molae_compress import Report, compress
+from molae_compress.calibration.text import read_texts, token_windows
 from molae_compress.errors import RecipeError
+from molae_compress.solver.population import Calibrated
+from molae_compress.tensors import DenseExperts
 from tests.conftest import CheckpointMaker
-from tests.runs import distance, hashes, is_expert, loaded, logits, recipe_for, same_every_time, tensors_in
-from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE
+from tests.runs import (
+    HELD_OUT,
+    LENGTH,
+    WINDOWS,
+    distance,
+    hashes,
+    is_expert,
+    loaded,
+    logits,
+    recipe_for,
+    same_every_time,
+    tensors_in,
+)
+from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, tiny_tokenizer
 
 Apply = Callable[..., tuple[Report, Path]]
 SERVING = "basis.profile=serving"
@@ -86,6 +102,37 @@ def test_full_rank_is_the_identity(checkpoint: CheckpointMaker, apply: Apply, fa
     assert all(layer.shape is not None for layer in report.layers)
     assert distance(logits(loaded(folder)), logits(loaded(source))) < 1e-4
     assert total_error(report) < 1e-7
+
+
+@pytest.mark.parametrize("sequential", ["false", "true"])
+def test_a_layer_is_fitted_to_what_the_layers_before_it_deliver(
+    checkpoint: CheckpointMaker, apply: Apply, monkeypatch: pytest.MonkeyPatch, family: str, sequential: str
+) -> None:
+    source = checkpoint(family)
+    fitted: dict[str, torch.Tensor] = {}
+    real = compress.solve_layer
+
+    def watched(dense: DenseExperts, population: Calibrated, *args: Any) -> dict[str, torch.Tensor]:
+        fitted[dense.spec.name] = population.x_TH
+        return real(dense, population, *args)
+
+    monkeypatch.setattr(compress, "solve_layer", watched)
+    recipe = recipe_for(source, f"refit.sequential={sequential}", "budget.keep=0.4")
+    folder = apply(source, f"refit.sequential={sequential}", "budget.keep=0.4")[1]
+    past = loaded(folder if sequential == "true" else source)
+    read: dict[str, torch.Tensor] = {}
+    for name in fitted:
+        past.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
+    calibration = recipe.calibration
+    assert calibration is not None
+    assert calibration.data is not None
+    texts = read_texts(calibration.data, calibration.column)
+    ids_NL = token_windows(texts, tiny_tokenizer(), samples=WINDOWS, sequence_length=LENGTH, seed=calibration.seed)
+    with torch.no_grad():
+        past(input_ids=ids_NL[:-HELD_OUT])
+    assert len(fitted) == 2
+    for name, x_TH in fitted.items():
+        assert distance(x_TH, read[name].flatten(0, -2)) < 1e-5, name
 
 
 # Budgets

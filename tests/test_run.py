@@ -18,7 +18,9 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import molae_compress as molae
-from molae_compress import Recipe, Report
+from molae_compress import Recipe, Report, evaluation
+from molae_compress.calibration.text import read_texts, token_windows
+from molae_compress.calibration.walk import LayerArguments
 from molae_compress.modeling.latent import LatentExperts
 from tests.conftest import CheckpointMaker
 from tests.runs import (
@@ -35,7 +37,7 @@ from tests.runs import (
     same_every_time,
     tensors_in,
 )
-from tests.tiny import EXPERTS, FAMILIES, tiny_ids
+from tests.tiny import EXPERTS, FAMILIES, tiny_ids, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,15 @@ def test_saving_the_loaded_model_again_changes_nothing(made: Callable[[str], Mad
     assert all(torch.equal(again[key], before[key]) for key in before)
 
 
-def test_evaluate_agrees_with_the_models_themselves(made: Callable[[str], Made], tmp_path: Path) -> None:
+def test_evaluate_agrees_with_the_models_themselves(
+    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_POSITIONS", 12)  # neither a whole window nor a part of one
     run = made("gpt_oss")  # sliding and full attention layers, and a window shorter than the text
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 4)
     found = molae.evaluate(
         run.folder, data=[str(tmp_path / "text.txt")], against=str(run.source), samples=3, sequence_length=32, batch_size=2
     )
-    from molae_compress.calibration.text import read_texts, token_windows
-    from tests.tiny import tiny_tokenizer
-
     texts = read_texts([str(tmp_path / "text.txt")], "text")
     ids_NL = token_windows(texts, tiny_tokenizer(), samples=3, sequence_length=32, seed=None)
     with torch.no_grad():
@@ -171,6 +173,25 @@ def test_evaluate_agrees_with_the_models_themselves(made: Callable[[str], Made],
     assert found.original_perplexity == pytest.approx(float(original_nll.exp()), rel=1e-4)
     assert found.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-3)
     assert found.top1_agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
+
+
+def test_evaluate_makes_logits_of_one_window_at_a_time(
+    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, shapes, real = made("qwen3_moe"), [], LayerArguments.logits
+
+    def watched(*args: Any) -> torch.Tensor:
+        out_BLV = real(*args)
+        shapes.append(tuple(out_BLV.shape[:2]))
+        return out_BLV
+
+    monkeypatch.setattr(LayerArguments, "logits", watched)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 4)
+    data = [str(tmp_path / "text.txt")]
+    together = molae.evaluate(run.folder, data=data, samples=5, sequence_length=32, batch_size=4)
+    assert shapes == [(1, 32)] * 5
+    alone = molae.evaluate(run.folder, data=data, samples=5, sequence_length=32, batch_size=1)
+    assert together.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
 
 
 # Damage

@@ -78,9 +78,7 @@ class KeyMap:
         )
         groups, self.unknown = self._grouped(source_keys)
         # Target -> the group that makes it, and its name among the targets of that group.
-        self._makers = {
-            target: (group, target) for group in groups for target in group.targets if target in self._shapes
-        }
+        self._makers = {target: (group, target) for group in groups for target in group.targets if target in self._shapes}
         ties = dict(model_on_meta.all_tied_weights_keys)
         for tied, original in ties.items():
             if tied in self._makers:
@@ -95,9 +93,7 @@ class KeyMap:
         """All source keys that feed parameters and persistent buffers of a module; `""` is the whole model."""
         return {key for target in self.targets if _is_under(target, module_name) for key in self.targets[target]}
 
-    def materialise(
-        self, prefix: str, read: Callable[[str], Tensor], *, exclude: str | None = None
-    ) -> dict[str, Tensor]:
+    def materialise(self, prefix: str, read: Callable[[str], Tensor], *, exclude: str | None = None) -> dict[str, Tensor]:
         """The parameters and persistent buffers of a module, made from source tensors by transformers' converters.
 
         One target is made at a time, and its source tensors are dropped as soon as they are used. Nothing is cast. A
