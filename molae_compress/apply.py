@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 from torch import Tensor
 
-from molae_compress.artifact import check_names, file_hashes, is_artifact, write_companions, write_weights
+from molae_compress.artifact import check_names, is_artifact, write_companions, write_weights
 from molae_compress.budget import Shapes, shapes_for
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
 from molae_compress.checkpoint import (
-    Checkpoint,
     WorkDirectory,
     check_free_space,
     check_output_folder,
@@ -35,7 +35,7 @@ from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.sections import Calibration, Evaluate
-from molae_compress.report import Report, model_card
+from molae_compress.report import Report, file_hashes, model_card
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
@@ -92,15 +92,15 @@ def run(
     """
     out, recipe = Path(out).expanduser().resolve(), Recipe.load(recipe)
     check_output_folder(out, ours=is_artifact)
-    if not fresh and is_artifact(out):
-        report = _finished(out, recipe)
-        _check_gate(recipe, report)
-        return report
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
     job.run.progress = progress or silent
     expected = job.expected_shapes()
     check_names(job.source, expected)
     job.read_texts()
+    if not fresh and is_artifact(out):
+        report = _finished(out, recipe, job.stage_inputs()[SOLVE])
+        _check_gate(recipe, report)
+        return report
     path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.work")
     _check_room(out, path, job.plan(expected, measured=False))
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
@@ -110,12 +110,19 @@ def run(
         with job.timed("solve"):
             job.run.solve_layers(shapes)
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk
-        staging = out.with_name(f".{out.name}.partial")
+        # and named after that directory, whose lock so covers it
+        staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
         shutil.rmtree(staging, ignore_errors=True)
-        report = job.write(staging, shapes)
+        try:
+            report = job.write(staging, shapes)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)  # gives its space back, which may be what is missing
+            raise
+        replaced = staging.with_suffix(".replaced")
         if is_artifact(out):
-            shutil.rmtree(out)
+            out.rename(replaced)
         publish(staging, out)
+        shutil.rmtree(replaced, ignore_errors=True)
         if work_dir is None:
             work.remove()
         else:
@@ -146,6 +153,12 @@ class _Job:
             device=choose_device(device),
             trust_remote_code=trust_remote_code,
         )
+        target = recipe.budget.target_size
+        if target is not None and source.nbytes() <= target:
+            raise RecipeError(
+                f"`budget.target_size: {target}` is not below the {source.nbytes()} bytes that the model has already.",
+                remedy="Give a smaller size.",
+            )
         limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
         return cls(recipe, source, Run(recipe, source, None, memory_limit=limit), trust_remote_code)
 
@@ -195,6 +208,8 @@ class _Job:
             "calibration text": self.data_sha256,
             "calibration tokens": hashlib.sha256(tokens).hexdigest(),  # another tokenizer makes others of the same text
             "molae_compress": installed_version(),
+            "torch": torch.__version__,
+            "device": self.source.device.type,
         }
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
         keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
@@ -238,10 +253,11 @@ class _Job:
             source_fingerprint=self.source.checkpoint.fingerprint(),
             unknown=self.source.keys.unknown,
         )
+        report = replace(report, inputs=self.stage_inputs()[SOLVE])
         base_card = self.source.folder / "README.md"
         base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
         write_file(staging / "README.md", model_card(report, base_text).encode())
-        report = replace(report, files=file_hashes(staging, shards))
+        report = replace(report, files=file_hashes(staging, {file.name: file.sha256 for file in shards.files}))
         report.save(staging)
         return report
 
@@ -290,35 +306,39 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value)
 
 
-def _finished(out: Path, recipe: Recipe) -> Report:
-    """The report of an artifact that is already there, if it is the one this recipe makes."""
+def _finished(out: Path, recipe: Recipe, inputs: dict[str, str]) -> Report:
+    """The report of an artifact that is already there, if it is whole and what this run would make."""
     report = Report.load(out)
-    if report.recipe_fingerprint == recipe.fingerprint():
-        folder = Path(str(recipe.model)).expanduser()
-        if folder.is_dir() and Checkpoint.open(folder).fingerprint() != report.source["fingerprint"]:
-            raise ResumeError(
-                f"'{out}' was made by this recipe, but of other weights than those in '{folder}' now.",
-                why="Replacing it silently would lose it.",
-                remedy="Use --fresh to replace it, or another --output.",
-            )
-        return report
-    differences = recipe.differences(Recipe.load(report.recipe))
-    raise ResumeError(
-        f"'{out}' holds an artifact of another recipe: {'; '.join(differences)} (now -> there).",
-        why="Replacing it silently would lose it.",
-        remedy="Use --fresh to replace it, or another --output.",
-    )
+    lost = [f"'{name}'" for name in report.files if not (out / name).exists()]
+    if lost:
+        raise ResumeError(
+            f"The artifact '{out}' lacks {', '.join(lost)}.",
+            why="It was damaged after it was written.",
+            remedy="Use --fresh to make it again, or restore the files.",
+        )
+    keys = sorted(key for key in inputs.keys() | report.inputs.keys() if inputs.get(key) != report.inputs.get(key))
+    found = [f"{key}: {report.inputs.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
+    found += [
+        change for change in Recipe.load(report.recipe).differences(recipe) if change.startswith(("evaluate", "output.max"))
+    ]
+    if found:
+        raise ResumeError(
+            f"'{out}' holds an artifact of another run; there -> now: {'; '.join(found)}.",
+            why="Replacing it silently would lose it.",
+            remedy="Use --fresh to replace it, or another --output.",
+        )
+    return report
 
 
 def _check_gate(recipe: Recipe, report: Report) -> None:
     found = report.evaluation or {}
-    limits = {"max_kl": found.get("kl")}
-    if found.get("original_perplexity"):
-        limits["max_perplexity_ratio"] = found["perplexity"] / found["original_perplexity"]
-    for key, value in limits.items():
+    ratio = None
+    if found.get("original_perplexity") and found.get("perplexity"):
+        ratio = found["perplexity"] / found["original_perplexity"]
+    for key, value in {"max_kl": found.get("kl"), "max_perplexity_ratio": ratio}.items():
         limit = getattr(recipe.gate, key)
-        if limit is not None and value is not None and not value <= limit:  # not a number fails too
+        if limit is not None and (value is None or not value <= limit):  # not a number fails too
             raise QualityGateError(
-                f"`gate.{key}: {limit}` failed: the result has {value:.4g}.",
-                remedy="The artifact is complete and verified; raise the budget, or the limit.",
+                f"`gate.{key}: {limit}` failed: the result has {'no finite value' if value is None else f'{value:.4g}'}.",
+                remedy="The artifact is complete; raise the budget, or the limit.",
             )

@@ -160,6 +160,11 @@ def shapes_for(
     budget = recipe.budget
     if budget.rank is not None:
         return {spec.name: _fixed_rank(spec, template(recipe, spec), budget.rank) for spec in specs}
+    if budget.keep == 1.0:
+        raise RecipeError(
+            "`budget.keep: 1.0` leaves nothing to compress.",
+            remedy="Give a share below 1, or `budget.rank: full` to change the form alone.",
+        )
     in_bytes = budget.target_size is not None
     modules = [_Module.of(recipe, spec, dtypes[spec.name] if in_bytes else None) for spec in specs]
     if budget.target_size is not None:

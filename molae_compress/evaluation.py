@@ -10,18 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from molae_compress.calibration.text import read_texts, token_windows
-from molae_compress.calibration.walk import LayerArguments, pass_through
+from molae_compress.calibration.walk import LayerArguments
 from molae_compress.compress import Progress, silent
+from molae_compress.errors import DataError
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
+from molae_compress.stream import forwarded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _POSITIONS = 256  # compared at a time
+_CHARACTERS = 2000  # of the text, on which two tokenizers must agree
 
 
 @dataclass(frozen=True)
@@ -72,20 +79,24 @@ def evaluate(
         progress: called with a stage, what is done of it, and of how much.
 
     Raises:
-        DataError: the text is missing, malformed or shorter than one window.
+        DataError: the text is missing, malformed or shorter than one window, or the two models differ in their vocabulary
+            or tokenizer; found out before any weight is read.
         CheckpointError, ModelError: a model that cannot be read.
     """
     progress = progress or silent
     target = choose_device(device)
-    result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, experts=False)
+    result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, dense=False)
     sources = {"result": result}
     if against is not None:
-        sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, experts=False)
+        sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, dense=False)
+        _check_vocabulary(result, sources["original"])
     tokenizer = load_tokenizer(result.folder, trust_remote_code=trust_remote_code)
-    windows_NL = token_windows(
-        read_texts(data, column), tokenizer, samples=samples, sequence_length=sequence_length, seed=None
-    )
-    check_tokens(windows_NL, min(source.vocabulary for source in sources.values()))
+    texts = read_texts(data, column)
+    if against is not None:
+        other = load_tokenizer(sources["original"].folder, trust_remote_code=trust_remote_code)
+        _check_tokenizers(tokenizer, other, texts, f"'{folder}' and '{against}'")
+    windows_NL = token_windows(texts, tokenizer, samples=samples, sequence_length=sequence_length, seed=None)
+    check_tokens(windows_NL, result.vocabulary)
     batches = windows_NL.split(batch_size)
     hidden = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
     sums = torch.zeros(4, dtype=torch.float64)
@@ -98,11 +109,42 @@ def evaluate(
             batch, row = divmod(window, batch_size)
             logits = {name: model.logits(ids_1L, hidden[name][batch][row, None])[0] for name, model in arguments.items()}
             sums += _compare(logits["result"], logits.get("original"), ids_1L[0].to(target))
+            del logits  # or they would stay while those of the next window are made
     count = windows_NL.numel() - len(windows_NL)
     perplexity, original_perplexity = (sums[:2] / count).exp().tolist()
     if against is None:
         return Evaluation(count, perplexity)
     return Evaluation(count, perplexity, original_perplexity, *(sums[2:] / count).tolist())
+
+
+def _check_vocabulary(result: DiskSource, original: DiskSource) -> None:
+    """Raises `DataError` if the two models do not predict over the same number of tokens."""
+    if result.vocabulary != original.vocabulary:
+        raise DataError(
+            f"'{result.folder}' has a vocabulary of {result.vocabulary} tokens, and '{original.folder}' one of "
+            f"{original.vocabulary}.",
+            why="Predictions of the next token can be compared only over the same tokens.",
+            remedy="Compare with the model that the result was made from, or evaluate each alone.",
+        )
+
+
+def _check_tokenizers(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], models: str
+) -> None:
+    """Raises `DataError` if the start of the text is not the same tokens to both."""
+    start = "".join(islice(chain.from_iterable(chain.from_iterable(texts)), _CHARACTERS))
+    one, other = (
+        list(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]) for tokenizer in (ours, theirs)
+    )
+    if one != other:
+        pairs = zip(one, other, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+        raise DataError(
+            f"The tokenizers of {models} make different tokens of the text, from token {place} on "
+            f"({one[place : place + 3]} and {other[place : place + 3]}).",
+            why="Both models are given the same tokens, which would be another text to one of them.",
+            remedy="Compare with the model that the result was made from, or evaluate each alone.",
+        )
 
 
 def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:
@@ -112,9 +154,7 @@ def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress
     with source.ends(head=False), torch.no_grad():
         hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
         for layer in range(len(source.layers)):
-            with source.layer(layer) as module:
-                outputs = pass_through(arguments, layer, module, {}, zip(batches, hidden, strict=True))
-                hidden = [out_BLH for out_BLH, _ in outputs]
+            hidden = list(forwarded(source, arguments, layer, zip(batches, hidden, strict=True)))
             progress(stage, layer + 1, len(source.layers))
     return hidden
 

@@ -77,12 +77,12 @@ class DiskSource:
         revision: str | None = None,
         device: torch.device,
         trust_remote_code: bool = False,
-        experts: bool = True,
+        dense: bool = True,
     ) -> DiskSource:
         """Finds the folder, checks its headers against the model class, and reads no weights.
 
-        With `experts` the model must be dense, and its layers come without the weights of their experts. Otherwise it may
-        be an artifact too, and layers come whole.
+        With `dense` the model must be dense. Otherwise it may be an artifact, whose latent experts come with their layer;
+        dense ones never do.
 
         Raises:
             CheckpointError: the folder, its files or their tensors are not those of the model.
@@ -92,7 +92,7 @@ class DiskSource:
         config = read_config(folder, trust_remote_code=trust_remote_code)
         quantized = config.to_dict().get("quantization_config")
         latent = None
-        if not experts and quantized is not None and quantized.get("quant_method") == "molae":
+        if not dense and quantized is not None and quantized.get("quant_method") == "molae":
             latent = MolaeConfig(**quantized)
         if latent is None:
             refuse_quantized(config.to_dict())
@@ -101,9 +101,12 @@ class DiskSource:
         checkpoint = Checkpoint.open(folder)
         bare = skeleton(config, trust_remote_code=trust_remote_code)
         path, layers = decoder_layers(bare)
+        specs = find_experts(bare)
         if latent is not None:
-            for swapped in swap_(bare, latent):
-                zero_computed_buffers_(bare.get_submodule(swapped))
+            swapped = swap_(bare, latent)
+            for name in swapped:
+                zero_computed_buffers_(bare.get_submodule(name))
+            specs = [spec for spec in specs if spec.name not in swapped]
         keys = KeyMap(bare, checkpoint.entries)
         if keys.missing:
             some = sorted(keys.missing)
@@ -112,7 +115,7 @@ class DiskSource:
                 why="Missing weights would be invented.",
                 remedy="Fetch the checkpoint again, with all its shards.",
             )
-        source = cls(folder, checkpoint, bare, keys, find_experts(bare) if experts else [], path, layers, device)
+        source = cls(folder, checkpoint, bare, keys, specs, path, layers, device)
         keys.materialise("", source._meta)  # on meta: shapes are checked without reading a weight
         for spec in source.specs:
             _check_experts(source, spec)
@@ -291,13 +294,13 @@ def check_tokens(windows_NL: Tensor, vocabulary: int) -> None:
 
 
 def _check_experts(source: DiskSource, spec: ExpertsSpec) -> None:
-    """Refuses experts stored in eight bits without saying so, or with tensors beside them that the class does not know."""
+    """Refuses experts in eight bits that do not say so, in several types, or with tensors the class does not know."""
     keys = source.keys.sources_of(spec.name)
     dtypes = {source.checkpoint.entries[key].dtype for key in keys}
-    if not dtypes <= {"F64", "F32", "F16", "BF16"}:
+    if not dtypes <= {"F64", "F32", "F16", "BF16"} or len(dtypes) > 1:
         raise CheckpointError(
             f"The experts '{spec.name}' are stored as {', '.join(sorted(dtypes))}.",
-            why="Only plain floating-point weights can be factorised.",
+            why="Only plain floating-point weights of one type can be factorised.",
             remedy="Use a release of the model in bfloat16, float16 or float32.",
         )
     place = commonprefix(sorted(keys)).rpartition(".")[0]  # noqa: RUF071 - of names, not of paths

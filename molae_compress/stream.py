@@ -134,3 +134,18 @@ class ResidualStream:
 def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, nn.Module]:
     """Stand-ins computing what the dense experts of a layer compute; those with a recorder keep what they see."""
     return {spec.name: ObservedExperts(source.dense(spec), recorders.get(spec.name)) for spec in specs}
+
+
+def forwarded(
+    source: Source, arguments: LayerArguments, layer: int, batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[Tensor]:
+    """Hidden states [B,L,H] after one decoder layer, batch by batch, from batches of token ids and hidden states.
+
+    Dense experts stay in the precision they are stored in, so that a layer takes no more memory than on disk.
+    """
+    prefix = f"{source.layers_path}.{layer}."
+    experts = observed(source, [spec for spec in source.specs if spec.layer == layer], {})
+    inside = {path.removeprefix(prefix): stand_in for path, stand_in in experts.items()}
+    with source.layer(layer) as module:
+        for out_BLH, _ in pass_through(arguments, layer, module, inside, batches):
+            yield out_BLH

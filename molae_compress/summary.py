@@ -88,6 +88,7 @@ def summarise(
         warnings=warnings,
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
+        inputs={},
         files={},
         source={"fingerprint": source_fingerprint, "bytes": plan.source_bytes},
         artifact={"bytes": plan.artifact_bytes},

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from molae_compress.adapters.skeleton import read_config
-from molae_compress.calibration.walk import LayerArguments, pass_through
+from molae_compress.calibration.walk import LayerArguments
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.report import Report
 from molae_compress.source import DiskSource
+from molae_compress.stream import forwarded
 
 _PROBE_TOKENS = 16
 _CHUNK = 1 << 24
@@ -152,8 +153,7 @@ def probe(source: DiskSource) -> Tensor:
     with source.ends(head=True), torch.no_grad():
         hidden_1TH = arguments.embedded(ids_1T)
         for layer in range(len(source.layers)):
-            with source.layer(layer) as module:
-                ((hidden_1TH, _),) = pass_through(arguments, layer, module, {}, iter([(ids_1T, hidden_1TH)]))
+            (hidden_1TH,) = forwarded(source, arguments, layer, iter([(ids_1T, hidden_1TH)]))
         return arguments.logits(ids_1T, hidden_1TH)[0].float()
 
 
@@ -163,4 +163,4 @@ def _probe_ids(source: DiskSource) -> Tensor:
 
 def _open(folder: Path, trust_remote_code: bool) -> DiskSource:
     read_config(folder, trust_remote_code=trust_remote_code)
-    return DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, experts=False)
+    return DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, dense=False)

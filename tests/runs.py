@@ -16,7 +16,7 @@ from molae_compress.recipe import Recipe
 from tests.tiny import TOP_K, tiny_ids
 
 WINDOWS, LENGTH, HELD_OUT = 6, 24, 1  # one window of so few is held out to measure errors
-SLOTS = (WINDOWS - HELD_OUT) * LENGTH * TOP_K  # routed slots that every layer is fitted on
+SLOTS = WINDOWS * LENGTH * TOP_K  # tokens that the experts of a layer see, each counted for every expert it is routed to
 TEXT = "".join(f"Line {i}: {i * i % 97} apples cost {i * 7 % 13} coins, says fox number {i % 5}.\n" for i in range(60))
 
 

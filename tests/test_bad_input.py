@@ -96,6 +96,8 @@ def test_a_recipe_that_cannot_be_meant(source: Path, tmp_path: Path) -> None:
     refused_at_once(RecipeError, r"budget\.rank: 32", recipe_for(source, "budget.rank=32"), out)
     refused_at_once(RecipeError, "too small", recipe_for(source, "budget.keep=0.01"), out)
     refused_at_once(RecipeError, "too small", recipe_for(source, "budget.target_size=50kB"), out)
+    refused_at_once(RecipeError, "nothing to compress", recipe_for(source, "budget.keep=1.0"), out)
+    refused_at_once(RecipeError, "has already", recipe_for(source, "budget.target_size=1GB"), out)
     refused_at_once(RecipeError, "does not divide", recipe_for(source, "basis.experts_per_input_group=3"), out)
 
 
@@ -342,6 +344,7 @@ def test_a_disk_that_fills_up_in_the_middle(
     found = refused(CheckpointError, "Disk full while writing", recipe, tmp_path / "out")
     assert "resumes" in found.remedy
     assert Full.room < 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out.work"]
     full_disk("nowhere", 0)
     molae.run(recipe, tmp_path / "out")
     assert same_every_time(tmp_path / "out") == same_every_time(tmp_path / "calm")

@@ -16,7 +16,9 @@ import molae_compress as molae
 from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import skeleton
 from molae_compress.checkpoint import Checkpoint
+from molae_compress.planning import solver_bytes
 from molae_compress.recipe import Recipe, bundled_recipes
+from molae_compress.tensors import ExpertsSpec
 from tests.conftest import CheckpointMaker
 from tests.runs import LENGTH, WINDOWS, is_expert, recipe_for, tensors_in
 from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K
@@ -86,10 +88,27 @@ def test_the_memory_of_a_plan_follows_its_limit(checkpoint: CheckpointMaker) -> 
     held, spilled = molae.plan(recipe), molae.plan(recipe, max_memory=0)
     assert held.memory_bytes - spilled.memory_bytes == held.activation_bytes == spilled.activation_bytes
     assert molae.plan(recipe_for(checkpoint("mixtral"), calibrated=False)).activation_bytes == 0
-    # to compare results a layer is widened to float32
-    narrow = recipe_for(checkpoint("mixtral", dtype=torch.bfloat16))
-    evaluated = Recipe.load(narrow, ["evaluate={data: text.txt}"])
-    assert molae.plan(evaluated, max_memory=0).memory_bytes > molae.plan(narrow, max_memory=0).memory_bytes
+
+
+def test_the_memory_of_the_solver_by_hand(checkpoint: CheckpointMaker) -> None:
+    wide = ExpertsSpec("experts", 0, 8, 4096, 14336, top_k=2)  # Mixtral
+    metric = 28672 * 28672 * 12
+    moments = 2 * 14336 * 14336 * 8 + 4 * 4096 * 4096 * 8
+    rows = 2048 * (5 * 28672 + 2 * 4096) * 4
+    assert solver_bytes(wide) == metric + moments + 2 * 28672 * 4096 * 4 + rows
+    ungated = ExpertsSpec("experts", 0, 8, 512, 4096, top_k=2, has_gate=False)  # the refit takes more than the metric
+    rows = 2048 * (5 * 4096 + 2 * 512) * 4
+    assert solver_bytes(ungated) == 64 * 4096**2 + 32 * 512**2 + 8 * 4096 * 512 + rows
+    source = checkpoint("mixtral", dtype=torch.bfloat16)
+    planned = molae.plan(recipe_for(source), max_memory=0)
+    stored = tensors_in(source)
+    own = {key: 4 * tensor.numel() for key, tensor in stored.items() if not is_expert(key)}
+    ends = sum(size for key, size in own.items() if ".layers." not in key)
+    assert ends >= 2 * 4 * stored["model.embed_tokens.weight"].numel()  # and the head
+    layer = sum(size for key, size in own.items() if ".layers.0." in key)
+    solver = solver_bytes(ExpertsSpec("experts", 0, EXPERTS, HIDDEN, INTERMEDIATE, top_k=TOP_K))
+    experts, latent = planned.layers[0].dense_bytes, planned.layers[0].bytes
+    assert planned.memory_bytes == layer + ends + max(2 * experts, experts + 2 * latent) + solver
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, family) for name, of in FAMILIES_OF.items() for family in of or [""]])

@@ -278,6 +278,16 @@ def test_a_damaged_item_is_made_again(
     assert len(solved["solve_layer"]) == (2 if stage == "solve" else 1)
 
 
+@pytest.mark.parametrize("limits", [(0, None), (None, 0)])
+def test_activations_may_move_between_memory_and_disk(
+    checkpoint: CheckpointMaker, tmp_path: Path, limits: tuple[int | None, int | None]
+) -> None:
+    recipe, out = recipe_for(checkpoint("deepseek_v3"), "refit.sequential=true"), tmp_path / "out"
+    killed_while_solving(recipe, out, max_memory=limits[0])
+    molae.run(recipe, out, max_memory=limits[1])
+    assert same_every_time(out) == undisturbed(recipe, tmp_path / "calm")[0]
+
+
 def test_a_finished_output_is_returned_at_once(
     checkpoint: CheckpointMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +297,7 @@ def test_a_finished_output_is_returned_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(compress, "solve_layer", lambda *_: pytest.fail("solved again"))
         assert molae.run(recipe_for(source), out).to_dict() == report.to_dict()
-        with pytest.raises(ResumeError, match=r"budget\.keep: 0\.5 -> 0\.6.*--fresh"):
+        with pytest.raises(ResumeError, match=r"budget\.keep: 0\.6 -> 0\.5.*--fresh"):
             molae.run(recipe_for(source, "budget.keep=0.5"), out)
     assert hashes(tmp_path) == before
     smaller = molae.run(recipe_for(source, "budget.keep=0.5"), out, fresh=True)
@@ -299,7 +309,7 @@ def test_a_finished_output_of_other_weights_is_not_returned(own_checkpoint: Chec
     source, out = own_checkpoint("qwen3_moe"), tmp_path / "out"
     molae.run(recipe_for(source), out)
     tiny_model("qwen3_moe", seed=1).save_pretrained(source)
-    with pytest.raises(ResumeError, match=r"of other weights.*--fresh"):
+    with pytest.raises(ResumeError, match=r"another run; there -> now: source: .*--fresh"):
         molae.run(recipe_for(source), out)
     before = tensors_in(out)
     molae.run(recipe_for(source), out, fresh=True)
@@ -397,3 +407,39 @@ def test_two_runs_do_not_share_a_work_directory(checkpoint: CheckpointMaker, tmp
     molae.run(recipe, out, progress=meanwhile)
     assert refusals
     assert molae.verify(out).passed
+
+
+def test_a_finished_output_of_other_text_is_not_returned(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("One sentence of some length follows another. " * 40)
+    recipe = recipe_for(checkpoint("qwen3_moe"), f"calibration.data={text}")
+    molae.run(recipe, out)
+    text.write_text("The text is another one now, and longer than before. " * 40)
+    with pytest.raises(ResumeError, match="calibration text: "):
+        molae.run(recipe, out)
+
+
+def test_a_damaged_output_is_not_returned(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    recipe, out = recipe_for(checkpoint("qwen3_moe")), tmp_path / "out"
+    molae.run(recipe, out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ResumeError, match=r"lacks 'model\.safetensors'"):
+        molae.run(recipe, out)
+    molae.run(recipe, out, fresh=True)
+    assert molae.verify(out).passed
+
+
+def test_a_gate_without_a_finite_figure_fails_again(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("One sentence of some length follows another. " * 40)
+    base = recipe_for(checkpoint("qwen3_moe"))
+    recipe = molae.Recipe.load(
+        base, [f"evaluate.data={text}", "evaluate.samples=2", "evaluate.sequence_length=16", "gate.max_kl=1000"]
+    )
+    molae.run(recipe, out)
+    report = out / "molae_report.json"
+    content = json.loads(report.read_text())
+    content["evaluation"]["kl"] = None
+    report.write_text(json.dumps(content))
+    with pytest.raises(QualityGateError, match="no finite value"):
+        molae.run(recipe, out)

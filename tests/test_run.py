@@ -229,6 +229,12 @@ def change_the_size_in_the_report(folder: Path) -> None:
     edit_json(folder / "molae_report.json", artifact={"bytes": 1})
 
 
+def change_a_rank_in_the_report(folder: Path) -> None:
+    content = json.loads((folder / "molae_report.json").read_text())
+    content["layers"][1]["shape"]["rank_out"] += 1
+    edit_json(folder / "molae_report.json", layers=content["layers"])
+
+
 def cut_the_report(folder: Path) -> None:
     path = folder / "molae_report.json"
     path.write_text(path.read_text()[:-200])
@@ -250,6 +256,7 @@ def change_the_architecture(folder: Path) -> None:
         (change_a_hash_in_the_report, "files"),
         (vouch_for_nothing, "files"),
         (change_the_size_in_the_report, "tensors"),
+        (change_a_rank_in_the_report, "tensors"),
         (cut_the_report, "report"),
         (lambda folder: (folder / "molae_report.json").unlink(), "report"),
     ],

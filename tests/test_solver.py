@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from molae_compress.solver import layer as solver_layer
+from molae_compress.solver import population as solver_population
 from molae_compress.solver import reference
 from molae_compress.solver.allocate import Curve, allocate, tail_errors
 from molae_compress.solver.basis import Stack, interpolated, interpolative, orthonormal_rows
@@ -469,7 +471,7 @@ def test_an_unseen_expert_is_fitted_on_the_layers_tokens() -> None:
 def test_the_pool_covers_all_of_the_calibration() -> None:
     samples = tokens(1500)
     samples = unrouted(samples, samples.index_TK == 0)
-    x_NH, p_N = samples.sample(0, I) or (torch.zeros(0), torch.zeros(0))
+    x_NH, p_N = (torch.cat(parts) for parts in zip(*(samples.sample(0, I) or ()), strict=True))
     assert len(x_NH) == 1024
     assert float(p_N.sum()) == pytest.approx(1)
     positions = [int((samples.x_TH == x_H).all(1).nonzero()[0]) for x_H in x_NH[[0, 512, 1023]]]
@@ -613,6 +615,43 @@ def test_layer_error_is_the_difference_of_routed_sums(case: str) -> None:
         y_TH = reference.routed_sum(dense, plain, dense.w_in_EJH, dense.w_out_EHI, range(E))
         change = layer_error(dense, tensors, shape, plain).err_h * 12
         assert error.relative == pytest.approx(change / float(y_TH.square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_in_parts_give_what_they_give_at_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shape, fit = CASES[case]
+    dense, samples = layer(spec), tokens(100)
+    assert int(samples.counts_E.min()) > 7
+
+    def results() -> list[Tensor]:
+        fresh = dataclasses.replace(samples)  # nothing remembered
+        spectra, tensors = measure_spectra(dense, fresh, shape, fit), solve_layer(dense, fresh, shape, fit, torch.float64)
+        error = layer_error(dense, tensors, shape, fresh)
+        measured = torch.tensor([error.err_h, error.relative], dtype=torch.float64)
+        return [*spectra.input_GM, spectra.output_GM, *effective(spec, shape, tensors), measured]
+
+    whole = results()
+    monkeypatch.setattr(solver_population, "ROWS", 7)
+    monkeypatch.setattr(solver_layer, "_BLOCK", 5)
+    parts, again = results(), results()
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert all(close(a, b, 1e-9) for a, b in zip(parts, whole, strict=True))
+
+
+def test_no_more_rows_than_one_part_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver_population, "ROWS", 7)
+    dense, samples, shape = layer(), tokens(100), grouped(5, 4, 2, 2)
+    activate, seen = dense.activate, set()
+
+    def watched(h_NJ: Tensor) -> Tensor:
+        seen.add(len(h_NJ))
+        return activate(h_NJ)
+
+    dense.activate = watched
+    for output in ("expert", "combined"):
+        tensors = solve_layer(dense, samples, shape, Fit(output=output), torch.float64)
+        layer_error(dense, tensors, shape, samples)
+    assert max(seen) == 7
 
 
 # Precision

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from molae_compress.calibration.walk import LayerArguments, RoutedTokens, pass_through
+from molae_compress.calibration.walk import LayerArguments, RoutedTokens
 from molae_compress.errors import ModelError
 from molae_compress.source import DiskSource, LiveSource, Source
-from molae_compress.stream import ResidualStream, observed
+from molae_compress.stream import ResidualStream, forwarded, observed
 from tests.conftest import CheckpointMaker
 from tests.runs import distance, loaded
 from tests.tiny import tiny_ids
@@ -85,12 +85,7 @@ def test_logits_layer_by_layer_are_those_of_the_model(checkpoint: CheckpointMake
         arguments = LayerArguments(source.model, source.layers, source.device)
         hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
         for layer in range(len(source.layers)):
-            prefix = f"{source.layers_path}.{layer}."
-            stand_ins = observed(source, [spec for spec in source.specs if spec.layer == layer], {})
-            inside = {path.removeprefix(prefix): module for path, module in stand_ins.items()}
-            with source.layer(layer) as module:
-                outputs = pass_through(arguments, layer, module, inside, iter(list(zip(batches, hidden, strict=True))))
-                hidden = [out_BLH for out_BLH, _ in outputs]
+            hidden = list(forwarded(source, arguments, layer, zip(batches, hidden, strict=True)))
         logits = torch.cat([arguments.logits(*batch) for batch in zip(batches, hidden, strict=True)])
     assert distance(logits, expected) < 1e-5
 

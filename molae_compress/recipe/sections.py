@@ -140,7 +140,8 @@ class Budget(Section):
 
     place = "budget"
     keep: Share | None = Field(
-        default=None, description="Share of the routed experts' parameters that remains; 0.6 if no budget is given."
+        default=None,
+        description="Share of the parameters of the routed experts that are not ignored; 0.6 if no budget is given.",
     )
     rank: Count | Literal["full"] | None = Field(
         default=None,

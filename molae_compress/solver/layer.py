@@ -3,6 +3,7 @@
 `measure_spectra` is what allocation needs before any rank is fixed; `solve_layer` is the fit at given ranks;
 `layer_error` measures the result on tokens that took no part in the fit. All pure: tensors in, tensors out.
 Products run in float32 (float64 for float64 weights) and are summed in float64, where the small problems are solved.
+Tokens come in parts of a fixed number of rows, so that their number does not matter for memory.
 Shape suffixes: N rows of one sample, X rows of one input branch; the rest as in `molae_compress.tensors`.
 """
 
@@ -21,6 +22,8 @@ from molae_compress.solver.packing import Packed, branch_rows
 from molae_compress.solver.population import Calibrated, Population
 from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
 from molae_compress.tensors import DenseExperts, LatentShape
+
+_BLOCK = 1024  # rows of a matrix of moments that are added to at a time
 
 
 @dataclass(frozen=True)
@@ -137,21 +140,38 @@ def _bias(dense: DenseExperts, expert: int) -> Tensor | None:
     return None if dense.bias_in_EJ is None else dense.bias_in_EJ[expert]
 
 
+def _add_cross(sum_DF: Tensor, a_ND: Tensor, b_NF: Tensor, w_N: Tensor) -> None:
+    """Adds `cross` in place, a block of rows at a time: next to wide moments there is no room for another such matrix."""
+    for start in range(0, len(sum_DF), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        sum_DF[rows] += cross(a_ND[:, rows], b_NF, w_N)
+
+
 def _metric(dense: DenseExperts, population: Population, expert: int, fit: Fit) -> Tensor:
     """[J,J]: `output_metric` of one expert; its slopes count as uncorrelated if nothing is known of the inputs."""
     spec, w_HI = dense.spec, dense.w_out_EHI[expert].to(_work(dense))
     sample = population.sample(expert, spec.rows)
     if sample is None:
-        slope_JJ = torch.eye(spec.rows, dtype=torch.float64, device=w_HI.device)
+        slope_JJ = torch.eye(spec.rows, dtype=w_HI.dtype, device=w_HI.device)
     else:
-        h_NJ = sample[0].to(w_HI.dtype) @ dense.w_in_EJH[expert].to(w_HI.dtype).T
-        if dense.bias_in_EJ is not None:
-            h_NJ += dense.bias_in_EJ[expert].to(w_HI.dtype)
-        with torch.enable_grad():
-            # every row of the first projection feeds one channel, so the gradient of the sum is each row's own slope
-            (slope_NJ,) = torch.autograd.grad(dense.activate(h_NJ.requires_grad_()).sum(), h_NJ)
-        slope_JJ = cross(slope_NJ, slope_NJ, sample[1])
+        sum_JJ = torch.zeros(spec.rows, spec.rows, dtype=torch.float64, device=w_HI.device)
+        for x_NH, p_N in sample:
+            slope_NJ = _slopes(dense, expert, x_NH.to(w_HI.dtype))
+            _add_cross(sum_JJ, slope_NJ, slope_NJ, p_N)
+        slope_JJ = sum_JJ.to(w_HI.dtype)
+        del sum_JJ  # the largest matrix of all
     return output_metric(w_HI, slope_JJ, spec.channel_of_row().to(w_HI.device), fit.ridge_metric)
+
+
+def _slopes(dense: DenseExperts, expert: int, x_NH: Tensor) -> Tensor:
+    """[N,J] in the dtype of `x_NH`: slopes of the activation at one expert's first projection of some rows."""
+    h_NJ = x_NH @ dense.w_in_EJH[expert].to(x_NH.dtype).T
+    if dense.bias_in_EJ is not None:
+        h_NJ += dense.bias_in_EJ[expert].to(x_NH.dtype)
+    with torch.enable_grad():
+        # every row of the first projection feeds one channel, so the gradient of the sum is each row's own slope
+        (slope_NJ,) = torch.autograd.grad(dense.activate(h_NJ.requires_grad_()).sum(), h_NJ)
+    return slope_NJ
 
 
 def _input_spectra(
@@ -216,14 +236,18 @@ def _second(
     sample = population.sample(expert, dense.spec.intermediate)
     if sample is None:
         return w_HI, torch.eye(dense.spec.intermediate, dtype=torch.float64, device=w_HI.device)
-    x_NH, p_N = sample[0].to(w_HI.dtype), sample[1]
-    if packed is None:
-        z_NI = dense.intermediate(expert, x_NH)
-        return w_HI, ridged(cross(z_NI, z_NI, p_N), fit.ridge_out)
-    own_NI = dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert)))
-    gram_II = cross(own_NI, own_NI, p_N)
-    if fit.down:
-        target_II = cross(dense.intermediate(expert, x_NH), own_NI, p_N)
+    gram_II = torch.zeros(w_HI.shape[1], w_HI.shape[1], dtype=torch.float64, device=w_HI.device)
+    target_II = torch.zeros_like(gram_II) if packed is not None and fit.down else None
+    for rows_NH, p_N in sample:
+        x_NH = rows_NH.to(w_HI.dtype)
+        if packed is None:
+            own_NI = dense.intermediate(expert, x_NH)
+        else:
+            own_NI = dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert)))
+        _add_cross(gram_II, own_NI, own_NI, p_N)
+        if target_II is not None:
+            _add_cross(target_II, dense.intermediate(expert, x_NH), own_NI, p_N)
+    if target_II is not None:
         w_HI = refit_down(w_HI, target_II, gram_II, fit.ridge_out)
     return w_HI, ridged(gram_II, fit.ridge_out)
 
@@ -261,12 +285,10 @@ def _routed_sum(dense: DenseExperts, population: Calibrated, packed: Packed, sec
     """
     y_TH = torch.zeros(population.x_TH.shape, dtype=_work(dense), device=dense.w_in_EJH.device)
     for expert, w_HI in second.items():
-        tokens_N, slots_N = population.slots(expert)
-        x_NH = population.inputs(tokens_N).to(w_HI.dtype)
-        z_NI = dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert)))
-        gate_N1 = population.gate_TK.reshape(-1)[slots_N, None].to(y_TH)
-        y_TH.index_add_(0, tokens_N.to(y_TH.device), (z_NI @ w_HI.T) * gate_N1)
-    return y_TH * (population.token_T.to(y_TH) / max(1, len(y_TH))).sqrt()[:, None]
+        for tokens_N, x_NH, gate_N in population.routed(expert):
+            z_NI = dense.activate(packed.intermediate(expert, x_NH.to(w_HI.dtype), _bias(dense, expert)))
+            y_TH.index_add_(0, tokens_N, (z_NI @ w_HI.T) * gate_N[:, None].to(y_TH))
+    return y_TH.mul_((population.token_T.to(y_TH) / max(1, len(y_TH))).sqrt()[:, None])
 
 
 @torch.no_grad()
@@ -284,16 +306,16 @@ def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentSh
     exact_TH = torch.zeros(samples.x_TH.shape, dtype=work, device=dense.w_in_EJH.device)
     change_TH = torch.zeros_like(exact_TH)
     for expert in range(dense.spec.num_experts):
-        tokens_N, slots_N = samples.slots(expert)
-        x_NH = samples.inputs(tokens_N).to(work)
-        gate_N1 = samples.gate_TK.reshape(-1)[slots_N, None].to(x_NH)
-        tokens_N = tokens_N.to(x_NH.device)
-        y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
-        latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert))))
-        change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
-        if dense.bias_out_EH is not None:
-            y_NH = y_NH + dense.bias_out_EH[expert].to(work)
-        exact_TH.index_add_(0, tokens_N, y_NH * gate_N1)
-    change_T, exact_T = change_TH.double().square().sum(1), exact_TH.double().square().sum(1)
+        for tokens_N, rows_NH, gate_N in samples.routed(expert):
+            x_NH, gate_N1 = rows_NH.to(work), gate_N[:, None].to(work)
+            y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
+            latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert))))
+            change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
+            if dense.bias_out_EH is not None:
+                y_NH = y_NH + dense.bias_out_EH[expert].to(work)
+            exact_TH.index_add_(0, tokens_N, y_NH * gate_N1)
+    change_T, exact_T = (
+        torch.cat([part_NH.double().square().sum(1) for part_NH in y_TH.split(_BLOCK)]) for y_TH in (change_TH, exact_TH)
+    )
     relative = float(change_T.sum() / exact_T.sum().clamp_min(1e-300))
     return LayerError(float((change_T * samples.token_T.to(change_T)).mean()), relative, len(change_T))
