@@ -20,6 +20,7 @@ import math
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "quality": ("ours, `quality` (the default)", [{}]),
     "serving": ("ours, `serving` (layer form)", [{"basis": {"profile": "serving"}}]),
     "data-free": ("ours, data-free", [{"calibration": None}]),
-    "uniform": ("ours, uniform ranks", [{"budget": {"allocate": "uniform"}}]),
+    "uniform": ("ours, uniform ranks", [{"budget": {"allocate": "uniform", "align": 1}}]),
 }
-COLUMNS = ("kl", "perplexity", "top1_agreement", "err_h", "share", "fit_seconds")
+HEAD = f"{'keep':>5}  {'method':58} {'KL x 1000':>10} {'perplexity':>11} {'top-1':>7} {'err_h':>8} {'kept':>7} {'fit s':>6}"
 
 
 class Study:
@@ -104,7 +105,7 @@ def compare(
     original: PreTrainedModel, model: PreTrainedModel, windows_NL: Tensor, names: list[str], batch_size: int
 ) -> dict[str, float]:
     """Whole models against each other on all windows, and err_h of the experts modules `names`."""
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad(), _error_of_experts(original, model, names) as errors:
         for ids_BL in windows_NL.split(batch_size):
             exact = original(input_ids=ids_BL).logits[:, :-1].log_softmax(-1)
@@ -113,8 +114,8 @@ def compare(
             kl = (exact.exp() * (exact - found)).sum(-1)
             nll, exact_nll = -found.gather(-1, next_BL1), -exact.gather(-1, next_BL1)
             same = found.argmax(-1) == exact.argmax(-1)
-            sums += torch.stack([part.double().sum() for part in (kl, nll, exact_nll, same, torch.zeros(1))])
-    kl, nll, exact_nll, same = (sums[:4] / (windows_NL.numel() - len(windows_NL))).tolist()
+            sums += torch.stack([part.double().sum() for part in (kl, nll, exact_nll, same)])
+    kl, nll, exact_nll, same = (sums / (windows_NL.numel() - len(windows_NL))).tolist()
     return {
         "kl": kl,
         "perplexity": math.exp(nll),
@@ -132,28 +133,21 @@ def _error_of_experts(original: PreTrainedModel, model: PreTrainedModel, names: 
     """
     path, layers = decoder_layers(original)
     errors: list[float] = []
-    changes: dict[int, Tensor] = {}
+    changes: dict[str, Tensor] = {}
+
+    def experts_done(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        latent = model.get_submodule(name)
+        changes[name] = (latent(*args, **kwargs) - y).flatten(0, -2).double().square().sum(1)
+
+    def layer_done(name: str, _: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        h_T = (out[0] if isinstance(out, tuple) else out).flatten(0, -2).double().square().sum(1)
+        errors.append(float((changes.pop(name) / h_T).sum()))
+
     hooks = []
     for name in names:
-        index = int(name.removeprefix(f"{path}.").split(".")[0])
-
-        def experts_done(
-            _: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            y: Tensor,
-            *,
-            latent: nn.Module = model.get_submodule(name),
-            index: int = index,
-        ) -> None:
-            changes[index] = (latent(*args, **kwargs) - y).flatten(0, -2).double().square().sum(1)
-
-        def layer_done(_: nn.Module, args: tuple[Any, ...], out: Any, *, index: int = index) -> None:
-            h = (out[0] if isinstance(out, tuple) else out).flatten(0, -2).double().square().sum(1)
-            errors.append(float((changes.pop(index) / h).sum()))
-
-        hooks.append(original.get_submodule(name).register_forward_hook(experts_done, with_kwargs=True))
-        hooks.append(layers[index].register_forward_hook(layer_done))
+        layer = layers[int(name.removeprefix(f"{path}.").split(".")[0])]
+        hooks.append(original.get_submodule(name).register_forward_hook(partial(experts_done, name), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(layer_done, name)))
     try:
         yield errors
     finally:
@@ -161,19 +155,16 @@ def _error_of_experts(original: PreTrainedModel, model: PreTrainedModel, names: 
             hook.remove()
 
 
-def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as a table for people."""
-    yield f"{'keep':>5}  {'method':48} {'KL x 1000':>10} {'perplexity':>11} {'top-1':>7} {'err_h':>8} {'kept':>7} {'fit s':>6}"
-    for row in rows:
-        title = METHODS[row["method"]][0]
-        if "impossible" in row:
-            yield f"{row['keep']:>5}  {title:48} impossible: {row['impossible'].split('. ')[0]}"
-            continue
-        title += f", groups of {row['input_group']}" if row["method"] == "paper" else ""
-        yield (
-            f"{row['keep']:>5}  {title:48} {1000 * row['kl']:>10.2f} {row['perplexity']:>11.2f} "
-            f"{row['top1_agreement']:>7.1%} {row['err_h']:>8.4f} {row['share']:>7.4f} {row['fit_seconds']:>6.1f}"
-        )
+def line(row: dict[str, Any]) -> str:
+    """One row of the table for people, under `HEAD`."""
+    title = METHODS[row["method"]][0]
+    if "impossible" in row:
+        return f"{row['keep']:>5}  {title:58} impossible: {row['impossible']}"
+    title += f", groups of {row['input_group']}" if row["method"] == "paper" else ""
+    return (
+        f"{row['keep']:>5}  {title:58} {1000 * row['kl']:>10.2f} {row['perplexity']:>11.2f} "
+        f"{row['top1_agreement']:>7.1%} {row['err_h']:>8.4f} {row['share']:>7.4f} {row['fit_seconds']:>6.1f}"
+    )
 
 
 def parsed() -> argparse.Namespace:
@@ -198,11 +189,12 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     study = Study(args)
+    print(HEAD)
     rows: list[dict[str, Any]] = []
     for keep in args.keep:
         for method in args.methods.split(","):
             rows.append(study.cell(method, keep))
-            print(list(lines(rows))[-1] if len(rows) > 1 else "\n".join(lines(rows)), flush=True)
+            print(line(rows[-1]), flush=True)
     protocol = {key: getattr(args, key) for key in ("samples", "evaluation_samples", "sequence_length")}
     sources = {"calibration": args.calibration, "evaluate": args.evaluate}
     content = {

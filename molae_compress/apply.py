@@ -7,16 +7,17 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
-from transformers import AutoTokenizer
+from torch import Tensor
 
-from molae_compress.artifact import check_names, file_hashes, is_artifact, replaced_keys, write_companions, write_weights
+from molae_compress.artifact import check_names, is_artifact, replaced_keys, write_companions, write_weights
 from molae_compress.budget import Shapes, shapes_for
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
 from molae_compress.checkpoint import (
@@ -26,14 +27,16 @@ from molae_compress.checkpoint import (
     publish,
     write_file,
 )
+from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
 from molae_compress.errors import DataError, QualityGateError, RecipeError, ResumeError
 from molae_compress.evaluation import Evaluation, evaluate
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.recipe import Recipe
-from molae_compress.report import Report, model_card
-from molae_compress.source import DiskSource, choose_device
+from molae_compress.recipe.sections import Calibration, Evaluate
+from molae_compress.report import Report, file_hashes, model_card
+from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
 
@@ -87,55 +90,40 @@ def run(
         MolaeError: see `molae_compress.errors`; nothing that looks finished is left behind.
         QualityGateError: the artifact is complete but fails the recipe's gate.
     """
-    started, out = time.monotonic(), Path(out)
-    recipe, progress = Recipe.load(recipe), progress or silent
+    out, recipe = Path(out).expanduser().resolve(), Recipe.load(recipe)
     check_output_folder(out, ours=is_artifact)
-    if not fresh and is_artifact(out):
-        return _finished(out, recipe)
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
-    job.run.progress = progress
+    job.run.progress = progress or silent
     expected = job.expected_shapes()
     check_names(job.source.keys, job.source.specs, expected)
     replaced_keys(job.source, expected)
-    job.read_calibration()
-    check_free_space(out.parent, job.plan(expected, measured=False).disk_bytes, "the run")
-    path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
+    job.read_texts()
+    if not fresh and is_artifact(out):
+        report = _finished(out, recipe, job.stage_inputs()[SOLVE])
+        _check_gate(recipe, report)
+        return report
+    path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.work")
+    _check_room(out, path, job.plan(expected, measured=False))
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
         job.run.work = work
         with job.timed("observe"):
             shapes = job.run.shapes(job.copied_bytes())
-        final = job.plan(shapes, measured=True)
         with job.timed("solve"):
             job.run.solve_layers(shapes)
-        staging = path / "artifact"
+        # beside the result, so that it gets there by a rename also if the work directory lies on another disk
+        # and named after that directory, whose lock so covers it
+        staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        with job.timed("write"):
-            progress("write", 0, 1)
-            shards = write_weights(staging, job.source, shapes, work, SOLVE, recipe)
-            assert shards.total_size == final.artifact_bytes, (shards.total_size, final.artifact_bytes)
-            write_companions(staging, job.source, shapes, recipe)
-            progress("write", 1, 1)
-        with job.timed("evaluate"):
-            evaluation = job.evaluation(staging, progress)
-        job.timings["total"] = time.monotonic() - started
-        report = summarise(
-            job.run,
-            shapes,
-            model=str(recipe.model),
-            timings=job.timings,
-            data_sha256=job.data_sha256,
-            evaluation=evaluation,
-            source_fingerprint=job.source.checkpoint.fingerprint(),
-        )
-        base_card = job.source.folder / "README.md"
-        base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
-        write_file(staging / "README.md", model_card(report, base_text).encode())
-        report = replace(report, files=file_hashes(staging, shards))
-        report.save(staging)
+        try:
+            report = job.write(staging, shapes)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)  # gives its space back, which may be what is missing
+            raise
+        replaced = staging.with_suffix(".replaced")
         if is_artifact(out):
-            shutil.rmtree(out)
+            out.rename(replaced)
         publish(staging, out)
+        shutil.rmtree(replaced, ignore_errors=True)
         if work_dir is None:
             work.remove()
         else:
@@ -152,6 +140,7 @@ class _Job:
     source: DiskSource
     run: Run
     trust_remote_code: bool
+    started: float = field(default_factory=time.monotonic)
     data_sha256: str = ""
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -165,28 +154,35 @@ class _Job:
             device=choose_device(device),
             trust_remote_code=trust_remote_code,
         )
+        target = recipe.budget.target_size
+        if target is not None and source.nbytes() <= target:
+            raise RecipeError(
+                f"`budget.target_size: {target}` is not below the {source.nbytes()} bytes that the model has already.",
+                remedy="Give a smaller size.",
+            )
         limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
         return cls(recipe, source, Run(recipe, source, None, memory_limit=limit), trust_remote_code)
 
-    def read_calibration(self) -> None:
-        """Reads and tokenises the calibration text, if the recipe asks for any."""
-        calibration = self.recipe.calibration
-        if calibration is None:
-            return
-        if calibration.data is None:
-            raise DataError(
-                "`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out."
-            )
-        texts = read_texts(calibration.data, calibration.column)
-        tokenizer = AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=self.trust_remote_code)
-        self.run.windows_NL = token_windows(
-            texts,
-            tokenizer,
-            samples=calibration.samples,
-            sequence_length=calibration.sequence_length,
-            seed=calibration.seed,
-        )
-        self.data_sha256 = data_fingerprint(texts)
+    def read_texts(self) -> None:
+        """Reads and tokenises the calibration text; that of the evaluation too, to find it wanting before the work."""
+        calibration, held_out = self.recipe.calibration, self.recipe.evaluate
+        if calibration is not None:
+            if calibration.data is None:
+                raise DataError(
+                    "`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out."
+                )
+            texts = read_texts(calibration.data, calibration.column)
+            self.run.windows_NL = self._windows(texts, calibration, calibration.seed)
+            self.data_sha256 = data_fingerprint(texts)
+        if held_out is not None:
+            self._windows(read_texts(held_out.data, held_out.column), held_out, None)
+
+    def _windows(self, texts: list[list[str]], section: Calibration | Evaluate, seed: int | None) -> Tensor:
+        tokenizer = load_tokenizer(self.source.folder, trust_remote_code=self.trust_remote_code)
+        length = section.sequence_length
+        windows_NL = token_windows(texts, tokenizer, samples=section.samples, sequence_length=length, seed=seed)
+        check_tokens(windows_NL, self.source.vocabulary)
+        return windows_NL
 
     def expected_shapes(self) -> Shapes:
         """Shapes known before anything is measured: final ones, or those of a uniform budget."""
@@ -205,11 +201,16 @@ class _Job:
     def stage_inputs(self) -> dict[str, dict[str, str]]:
         """Everything the items of each stage follow from, for the work directory."""
         config = (self.source.folder / "config.json").read_bytes()
+        windows_NL = self.run.windows_NL
+        tokens = b"" if windows_NL is None else windows_NL.numpy().tobytes()
         base = {
             "source": self.source.checkpoint.fingerprint(),
             "config": hashlib.sha256(config).hexdigest(),
             "calibration text": self.data_sha256,
+            "calibration tokens": hashlib.sha256(tokens).hexdigest(),  # another tokenizer makes others of the same text
             "molae_compress": installed_version(),
+            "torch": torch.__version__,
+            "device": self.source.device.type,
         }
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
         keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
@@ -228,7 +229,40 @@ class _Job:
         yield
         self.timings[stage] = time.monotonic() - started
 
-    def evaluation(self, folder: Path, progress: Progress) -> Evaluation | None:
+    def write(self, staging: Path, shapes: Shapes) -> Report:
+        """Writes the whole artifact into a new folder, evaluated if the recipe says so; returns its report."""
+        assert self.run.work is not None
+        with disk_errors(staging):
+            staging.mkdir(parents=True)
+        with self.timed("write"):
+            self.run.progress("write", 0, 1)
+            shards = write_weights(staging, self.source, shapes, self.run.work, SOLVE, self.recipe)
+            planned = self.plan(shapes, measured=True).artifact_bytes
+            assert shards.total_size == planned, (shards.total_size, planned)
+            write_companions(staging, self.source, shapes, self.recipe)
+            self.run.progress("write", 1, 1)
+        with self.timed("evaluate"):
+            evaluation = self._evaluation(staging)
+        self.timings["total"] = time.monotonic() - self.started
+        report = summarise(
+            self.run,
+            shapes,
+            model=str(self.recipe.model),
+            timings=self.timings,
+            data_sha256=self.data_sha256,
+            evaluation=evaluation,
+            source_fingerprint=self.source.checkpoint.fingerprint(),
+            unknown=self.source.keys.unknown,
+        )
+        report = replace(report, inputs=self.stage_inputs()[SOLVE])
+        base_card = self.source.folder / "README.md"
+        base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
+        write_file(staging / "README.md", model_card(report, base_text).encode())
+        report = replace(report, files=file_hashes(staging, {file.name: file.sha256 for file in shards.files}))
+        report.save(staging)
+        return report
+
+    def _evaluation(self, folder: Path) -> Evaluation | None:
         """Compares original and result on the recipe's text, if it names any."""
         section = self.recipe.evaluate
         if section is None:
@@ -243,8 +277,26 @@ class _Job:
             batch_size=section.batch_size,
             device=str(self.source.device),
             trust_remote_code=self.trust_remote_code,
-            progress=progress,
+            progress=self.run.progress,
         )
+
+
+def _check_room(out: Path, work: Path, plan: Plan) -> None:
+    """Refuses to start without room for work directory and result, but for what is in the work directory already."""
+    there = 0
+    for path in work.rglob("*"):
+        with suppress(FileNotFoundError):  # another run may be using it, which is refused later
+            there += path.stat().st_size
+    needed = max(0, plan.disk_bytes - plan.artifact_bytes - there)
+    if _disk(out) == _disk(work):
+        check_free_space(out.parent, needed + plan.artifact_bytes, "the run")
+    else:
+        check_free_space(work, needed, "the work directory")
+        check_free_space(out.parent, plan.artifact_bytes, "the result")
+
+
+def _disk(path: Path) -> int:
+    return path.stat().st_dev if path.exists() else _disk(path.parent)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -255,28 +307,39 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value)
 
 
-def _finished(out: Path, recipe: Recipe) -> Report:
-    """The report of an artifact that is already there, if it is the one this recipe makes."""
+def _finished(out: Path, recipe: Recipe, inputs: dict[str, str]) -> Report:
+    """The report of an artifact that is already there, if it is whole and what this run would make."""
     report = Report.load(out)
-    if report.recipe_fingerprint == recipe.fingerprint():
-        return report
-    differences = recipe.differences(Recipe.load(report.recipe))
-    raise ResumeError(
-        f"'{out}' holds an artifact of another recipe: {'; '.join(differences)} (now -> there).",
-        why="Replacing it silently would lose it.",
-        remedy="Use --fresh to replace it, or another --output.",
-    )
+    lost = [f"'{name}'" for name in report.files if not (out / name).exists()]
+    if lost:
+        raise ResumeError(
+            f"The artifact '{out}' lacks {', '.join(lost)}.",
+            why="It was damaged after it was written.",
+            remedy="Use --fresh to make it again, or restore the files.",
+        )
+    keys = sorted(key for key in inputs.keys() | report.inputs.keys() if inputs.get(key) != report.inputs.get(key))
+    found = [f"{key}: {report.inputs.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
+    found += [
+        change for change in Recipe.load(report.recipe).differences(recipe) if change.startswith(("evaluate", "output.max"))
+    ]
+    if found:
+        raise ResumeError(
+            f"'{out}' holds an artifact of another run; there -> now: {'; '.join(found)}.",
+            why="Replacing it silently would lose it.",
+            remedy="Use --fresh to replace it, or another --output.",
+        )
+    return report
 
 
 def _check_gate(recipe: Recipe, report: Report) -> None:
     found = report.evaluation or {}
-    limits = {"max_kl": found.get("kl")}
-    if found.get("original_perplexity"):
-        limits["max_perplexity_ratio"] = found["perplexity"] / found["original_perplexity"]
-    for key, value in limits.items():
+    ratio = None
+    if found.get("original_perplexity") and found.get("perplexity"):
+        ratio = found["perplexity"] / found["original_perplexity"]
+    for key, value in {"max_kl": found.get("kl"), "max_perplexity_ratio": ratio}.items():
         limit = getattr(recipe.gate, key)
-        if limit is not None and value is not None and value > limit:
+        if limit is not None and (value is None or not value <= limit):  # not a number fails too
             raise QualityGateError(
-                f"`gate.{key}: {limit}` failed: the result has {value:.4g}.",
-                remedy="The artifact is complete and verified; raise the budget, or the limit.",
+                f"`gate.{key}: {limit}` failed: the result has {'no finite value' if value is None else f'{value:.4g}'}.",
+                remedy="The artifact is complete; raise the budget, or the limit.",
             )

@@ -6,7 +6,6 @@ know. The folder is built in the work directory and appears at its place by one 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -109,16 +108,6 @@ def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: R
         config["quantization_config"] = MolaeConfig(modules=entries).to_dict()
     write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     write_file(folder / "recipe.yaml", recipe.dump().encode())
-
-
-def file_hashes(folder: Path, known: WrittenShards) -> dict[str, str]:
-    """sha256 of every file of an artifact but its report, by path inside the folder; `known` ones are not read again."""
-    hashes = {file.name: file.sha256 for file in known.files}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != REPORT and name not in hashes:
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
 
 
 def is_artifact(folder: Path) -> bool:

@@ -85,30 +85,63 @@ def _sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> 
 
 
 @dataclass(frozen=True)
+class _Side:
+    """One projection (both of them in layer form) while its rank is being chosen.
+
+    Attributes:
+        ranks: to choose from, ascending.
+        costs: of each of them, in numbers or in bytes.
+        dense: what it costs uncompressed.
+    """
+
+    ranks: tuple[int, ...]
+    costs: tuple[int, ...]
+    dense: int
+
+    def at_share(self, share: float) -> tuple[int, int] | None:
+        """Highest rank within a share of the dense cost, and its cost; None if the lowest costs more already."""
+        affordable = [pair for pair in zip(self.ranks, self.costs, strict=True) if pair[1] <= share * self.dense]
+        return affordable[-1] if affordable else None
+
+    def curve(self, errors: Sequence[float]) -> Curve:
+        """The ranks that cost less than the dense projection, and the first of them in any case."""
+        count = max(1, sum(cost < self.dense for cost in self.costs))
+        return Curve(self.ranks[:count], self.costs[:count], tuple(errors[:count]))
+
+
+@dataclass(frozen=True)
 class _Module:
-    """One experts module while ranks are being chosen: sizes in numbers, or in bytes if `dtype` is given."""
+    """One experts module while ranks are being chosen: its sides (input and output, if they are chosen one by one)."""
 
     spec: ExpertsSpec
     shape: LatentShape
-    dtype: torch.dtype | None
+    fixed: int
+    sides: tuple[_Side, ...]
 
-    def sizes(self, rank: int) -> tuple[int, int, int]:
-        """Input side, output side and fixed part at one rank on both sides."""
-        ranked = replace(self.shape, rank_in=rank, rank_out=None if self.shape.rank_out is None else rank)
-        return _sizes(self.spec, ranked, self.dtype)
+    @classmethod
+    def of(cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None) -> _Module:
+        """Counts numbers, or bytes if `dtype` is given."""
+        shape = template(recipe, spec)
+        ranks_in, ranks_out = _ranks(recipe, spec, shape)
+        costs = {rank: _sizes(spec, _ranked(shape, rank, rank), dtype) for rank in {*ranks_in, *ranks_out}}
+        stack = spec.num_experts * spec.hidden * (1 if dtype is None else dtype.itemsize)
+        fixed, first, second = costs[ranks_in[0]][2], stack * spec.rows, stack * spec.intermediate
+        if shape.form == "layer":
+            both = _Side(tuple(ranks_in), tuple(sum(costs[rank][:2]) for rank in ranks_in), first + second)
+            return cls(spec, shape, fixed, (both,))
+        sides = [_Side(tuple(ranks_in), tuple(costs[rank][0] for rank in ranks_in), first)]
+        if shape.rank_out is not None:
+            sides.append(_Side(tuple(ranks_out), tuple(costs[rank][1] for rank in ranks_out), second))
+        return cls(spec, shape, fixed, tuple(sides))
 
-    @property
-    def dense(self) -> tuple[int, int]:
-        """Size of the dense projections that compete for the budget: first, second (0 if it stays dense anyway)."""
-        unit = 1 if self.dtype is None else self.dtype.itemsize
-        stack = self.spec.num_experts * self.spec.hidden * unit
-        return stack * self.spec.rows, 0 if self.shape.rank_out is None else stack * self.spec.intermediate
+    def at(self, ranks: Sequence[int]) -> LatentShape | None:
+        """The shape with one rank for each side; None where it would not be smaller than the dense module."""
+        shape = _ranked(self.shape, ranks[0], ranks[-1])
+        return shape if shape.numel(self.spec) < self.spec.dense_numel else None
 
-    def curve(self, side: int, ranks: Sequence[int], errors: Sequence[float]) -> Curve:
-        """Ranks of one side that cost less than its dense projection, and the first of them in any case."""
-        costs = [self.sizes(rank)[side] for rank in ranks]
-        count = max(1, sum(cost < self.dense[side] for cost in costs))
-        return Curve(tuple(ranks[:count]), tuple(costs[:count]), tuple(errors[:count]))
+
+def _ranked(shape: LatentShape, rank_in: int, rank_out: int) -> LatentShape:
+    return replace(shape, rank_in=rank_in, rank_out=None if shape.rank_out is None else rank_out)
 
 
 def shapes_for(
@@ -133,15 +166,20 @@ def shapes_for(
     budget = recipe.budget
     if budget.rank is not None:
         return {spec.name: _fixed_rank(spec, template(recipe, spec), budget.rank) for spec in specs}
+    if budget.keep == 1.0:
+        raise RecipeError(
+            "`budget.keep: 1.0` leaves nothing to compress.",
+            remedy="Give a share below 1, or `budget.rank: full` to change the form alone.",
+        )
     in_bytes = budget.target_size is not None
-    modules = [_Module(spec, template(recipe, spec), dtypes[spec.name] if in_bytes else None) for spec in specs]
+    modules = [_Module.of(recipe, spec, dtypes[spec.name] if in_bytes else None) for spec in specs]
     if budget.target_size is not None:
         amount = budget.target_size - copied_bytes
     else:
         amount = int((budget.keep or 0.6) * sum(spec.dense_numel for spec in specs))
-    amount -= sum(module.sizes(1)[2] for module in modules)
+    amount -= sum(module.fixed for module in modules)
     if spectra is None or budget.allocate == "uniform":
-        ranks = _uniform(recipe, modules, amount)
+        ranks = _uniform(modules, amount)
     else:
         ranks = _by_spectrum(recipe, modules, [spectra[spec.name] for spec in specs], amount)
     if ranks is None:
@@ -151,20 +189,13 @@ def shapes_for(
             why="Copied tensors, biases and a down projection left dense count too." if amount <= 0 else "",
             remedy="Raise the budget, or lower `budget.align`.",
         )
-    return {
-        module.spec.name: _or_dense(module.spec, replace(module.shape, rank_in=rank_in, rank_out=rank_out))
-        for module, (rank_in, rank_out) in zip(modules, ranks, strict=True)
-    }
-
-
-def _or_dense(spec: ExpertsSpec, shape: LatentShape) -> LatentShape | None:
-    return shape if shape.numel(spec) < spec.dense_numel else None
+    return {module.spec.name: module.at(chosen) for module, chosen in zip(modules, ranks, strict=True)}
 
 
 def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> LatentShape:
     full_in, full_out = full_ranks(spec, shape)
     if rank == "full":
-        return replace(shape, rank_in=full_in, rank_out=None if shape.rank_out is None else full_out)
+        return _ranked(shape, full_in, full_out)
     rank = int(rank)
     if shape.form == "layer" and rank % _KERNEL_STEP:
         raise RecipeError(
@@ -172,7 +203,7 @@ def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> Laten
             why=f"Its ranks must be multiples of {_KERNEL_STEP} for the fused kernels that run it.",
             remedy=f"Use {rank - rank % _KERNEL_STEP or _KERNEL_STEP}, or `basis.profile: quality`.",
         )
-    fixed = replace(shape, rank_in=min(rank, full_in), rank_out=None if shape.rank_out is None else min(rank, full_out))
+    fixed = _ranked(shape, min(rank, full_in), min(rank, full_out))
     if rank > max(full_in, full_out) or fixed.numel(spec) >= spec.dense_numel:
         raise RecipeError(
             f"`budget.rank: {rank}` would make '{spec.name}' larger: {fixed.numel(spec):,} numbers instead of "
@@ -182,12 +213,12 @@ def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> Laten
     return fixed
 
 
-def _ranks(recipe: Recipe, module: _Module) -> tuple[list[int], list[int]]:
+def _ranks(recipe: Recipe, spec: ExpertsSpec, shape: LatentShape) -> tuple[list[int], list[int]]:
     """Ranks that may be chosen on either side: multiples of the alignment, up to what holds any weights."""
-    align, least = recipe.budget.align, _KERNEL_STEP if module.shape.form == "layer" else 1
+    align, least = recipe.budget.align, _KERNEL_STEP if shape.form == "layer" else 1
     if align == "auto":
         align = _ALIGN[recipe.basis.profile]
-        while align > least and module.spec.hidden < _STEPS * align:
+        while align > least and spec.hidden < _STEPS * align:
             align //= 2
     if align % least:
         raise RecipeError(
@@ -195,74 +226,46 @@ def _ranks(recipe: Recipe, module: _Module) -> tuple[list[int], list[int]]:
             why=f"Its ranks must be multiples of {least} for the fused kernels that run it.",
             remedy=f"Use a multiple of {least}, or `auto`.",
         )
-    full_in, full_out = full_ranks(module.spec, module.shape)
+    full_in, full_out = full_ranks(spec, shape)
     return list(range(align, full_in + 1, align)) or [full_in], list(range(align, full_out + 1, align)) or [full_out]
 
 
-def _uniform(recipe: Recipe, modules: Sequence[_Module], amount: int) -> list[tuple[int, int | None]] | None:
+def _uniform(modules: Sequence[_Module], amount: int) -> list[list[int]] | None:
     """The highest ranks at which every side keeps at most one common share of its dense size.
 
     Ranks come in steps, so the share that spends the budget lies a little above the budget's own; found by bisection.
     """
     low, high = 0.0, 1.0
-    best: list[tuple[int, int | None]] | None = None
+    best: list[list[int]] | None = None
     for _ in range(30):
         share = (low + high) / 2
-        pairs = [_at_share(recipe, module, share) for module in modules]
-        total = sum(
-            module.sizes(pair[0])[0] + (module.sizes(pair[1])[1] if pair[1] is not None else 0)
-            for module, pair in zip(modules, pairs, strict=True)
-            if pair is not None
-        )
-        if total <= amount:
-            low = share
-            complete = [pair for pair in pairs if pair is not None]
-            best = complete if len(complete) == len(pairs) else best
-        else:
+        pairs = [[side.at_share(share) for side in module.sides] for module in modules]
+        found = [pair for sides in pairs for pair in sides if pair is not None]
+        if sum(cost for _, cost in found) > amount:
             high = share
+            continue
+        low = share
+        if len(found) == sum(len(sides) for sides in pairs):
+            best = [[pair[0] for pair in sides if pair is not None] for sides in pairs]
     return best
-
-
-def _at_share(recipe: Recipe, module: _Module, share: float) -> tuple[int, int | None] | None:
-    """Highest ranks of one module within a share of its dense size; None if the lowest rank is too large already."""
-    ranks_in, ranks_out = _ranks(recipe, module)
-    if module.shape.form == "layer":
-        rank = max((r for r in ranks_in if sum(module.sizes(r)[:2]) <= share * sum(module.dense)), default=None)
-        return None if rank is None else (rank, rank)
-    rank_in = max((r for r in ranks_in if module.sizes(r)[0] <= share * module.dense[0]), default=None)
-    rank_out = max((r for r in ranks_out if module.sizes(r)[1] <= share * module.dense[1]), default=None)
-    if rank_in is None or (rank_out is None and module.shape.rank_out is not None):
-        return None
-    return rank_in, rank_out if module.shape.rank_out is not None else None
 
 
 def _by_spectrum(
     recipe: Recipe, modules: Sequence[_Module], spectra: Sequence[LayerSpectra], amount: int
-) -> list[tuple[int, int | None]] | None:
+) -> list[list[int]] | None:
     """Water-filling over all modules and sides, every curve in one unit of error."""
     curves: list[Curve] = []
     for module, found in zip(modules, spectra, strict=True):
-        ranks_in, ranks_out = _ranks(recipe, module)
-        errors_in, errors_out = _errors(recipe, found, ranks_in, ranks_out)
+        errors = _errors(recipe, found, module.sides[0].ranks, module.sides[-1].ranks)
         if module.shape.form == "layer":
-            sizes = [sum(module.sizes(rank)[:2]) for rank in ranks_in]
-            count = max(1, sum(size < sum(module.dense) for size in sizes))
-            both = [a + b for a, b in zip(errors_in, errors_out, strict=True)]
-            curves.append(Curve(tuple(ranks_in[:count]), tuple(sizes[:count]), tuple(both[:count])))
-            continue
-        curves.append(module.curve(0, ranks_in, errors_in))
-        if module.shape.rank_out is not None:
-            curves.append(module.curve(1, ranks_out, errors_out))
+            curves.append(module.sides[0].curve([a + b for a, b in zip(*errors, strict=True)]))
+        else:
+            curves += [side.curve(lost) for side, lost in zip(module.sides, errors, strict=False)]
     picks = allocate(curves, amount)
     if picks is None:
         return None
     chosen = iter(curve.ranks[pick] for curve, pick in zip(curves, picks, strict=True))
-    pairs: list[tuple[int, int | None]] = []
-    for module in modules:
-        rank = next(chosen)
-        output = rank if module.shape.form == "layer" else None if module.shape.rank_out is None else next(chosen)
-        pairs.append((rank, output))
-    return pairs
+    return [[next(chosen) for _ in module.sides] for module in modules]
 
 
 def _errors(

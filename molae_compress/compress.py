@@ -38,6 +38,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+def _routed(population: Population, held_out: Calibrated | None) -> list[int]:
+    """Calibration tokens routed to each expert, those that only measure included."""
+    if not isinstance(population, Calibrated) or held_out is None:
+        return []
+    both = population.counts_E if held_out is population else population.counts_E + held_out.counts_E
+    return [int(count) for count in both]
+
+
 @dataclass(frozen=True)
 class Solved:
     """One finished experts module: its tensors by name, what they were fitted on, and how well they fit.
@@ -133,7 +141,7 @@ class Run:
             started, shape = time.monotonic(), latent[spec.name]
             tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
             error = layer_error(dense, tensors, shape, held_out) if held_out is not None else None
-            counts = population.counts_E.tolist() if isinstance(population, Calibrated) else []
+            counts = _routed(population, held_out)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
             done.add(spec.name)
@@ -251,4 +259,4 @@ class Run:
                 self.source.device,
             )
 
-        return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)), part(slice(None)))
+        return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)),) * 2

@@ -1,8 +1,8 @@
 """Perplexity, KL divergence and agreement of an artifact, streamed: one layer of one model in memory at a time.
 
 Both models first carry all tokens through their layers, each window's residual stream ending before the final norm; then
-the logits of both are made batch by batch, by the models' own final norm, head and scaling.
-Shape suffixes: N windows, B windows of one batch, L tokens, V vocabulary; the rest as in `tensors`.
+the logits of both are made window by window, by the models' own final norm, head and scaling.
+Shape suffixes: N windows, B windows of one batch, L tokens, P positions of a window, V vocabulary; the rest as in `tensors`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from math import exp
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from molae_compress.calibration.text import read_texts, token_windows
-from molae_compress.calibration.walk import LayerArguments, pass_through
+from molae_compress.calibration.walk import LayerArguments
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import DataError
-from molae_compress.source import DiskSource, choose_device
+from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
+from molae_compress.stream import forwarded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_POSITIONS = 256  # compared at a time
+_CHARACTERS = 2000  # of the text, on which two tokenizers must agree
 
 
 @dataclass(frozen=True)
@@ -73,24 +79,24 @@ def evaluate(
         progress: called with a stage, what is done of it, and of how much.
 
     Raises:
-        DataError: the text is missing, malformed or shorter than one window.
+        DataError: the text is missing, malformed or shorter than one window, or the two models differ in their vocabulary
+            or tokenizer; found out before any weight is read.
         CheckpointError, ModelError: a model that cannot be read.
     """
     progress = progress or silent
     target = choose_device(device)
-    result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, experts=False)
+    result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, dense=False)
     sources = {"result": result}
     if against is not None:
-        sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, experts=False)
-    tokenizer = AutoTokenizer.from_pretrained(result.folder, trust_remote_code=trust_remote_code)
-    windows_NL = token_windows(
-        read_texts(data, column), tokenizer, samples=samples, sequence_length=sequence_length, seed=None
-    )
-    if int(windows_NL.max()) >= min(source.vocabulary for source in sources.values()):
-        raise DataError(
-            "The tokenizer makes tokens that the model has no embedding for.",
-            remedy="Give models that belong to the same tokenizer.",
-        )
+        sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, dense=False)
+        _check_vocabulary(result, sources["original"])
+    tokenizer = load_tokenizer(result.folder, trust_remote_code=trust_remote_code)
+    texts = read_texts(data, column)
+    if against is not None:
+        other = load_tokenizer(sources["original"].folder, trust_remote_code=trust_remote_code)
+        _check_tokenizers(tokenizer, other, texts, f"'{folder}' and '{against}'")
+    windows_NL = token_windows(texts, tokenizer, samples=samples, sequence_length=sequence_length, seed=None)
+    check_tokens(windows_NL, result.vocabulary)
     batches = windows_NL.split(batch_size)
     hidden = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
     sums = torch.zeros(4, dtype=torch.float64)
@@ -98,14 +104,47 @@ def evaluate(
         for source in sources.values():
             stack.enter_context(source.ends(head=True))
         arguments = {name: LayerArguments(source.model, source.layers, target) for name, source in sources.items()}
-        for batch, ids_BL in enumerate(batches):
-            logits = {name: model.logits(ids_BL, hidden[name][batch]) for name, model in arguments.items()}
-            sums += _compare(logits["result"], logits.get("original"), ids_BL.to(target))
+        # a window at a time: logits of a large vocabulary take far more memory than hidden states
+        for window, ids_1L in enumerate(windows_NL.split(1)):
+            batch, row = divmod(window, batch_size)
+            logits = {name: model.logits(ids_1L, hidden[name][batch][row, None])[0] for name, model in arguments.items()}
+            sums += _compare(logits["result"], logits.get("original"), ids_1L[0].to(target))
+            del logits  # or they would stay while those of the next window are made
     count = windows_NL.numel() - len(windows_NL)
-    nll, original_nll, kl, same = (sums / count).tolist()
+    perplexity, original_perplexity = (sums[:2] / count).exp().tolist()
     if against is None:
-        return Evaluation(count, exp(nll))
-    return Evaluation(count, exp(nll), exp(original_nll), kl, same)
+        return Evaluation(count, perplexity)
+    return Evaluation(count, perplexity, original_perplexity, *(sums[2:] / count).tolist())
+
+
+def _check_vocabulary(result: DiskSource, original: DiskSource) -> None:
+    """Raises `DataError` if the two models do not predict over the same number of tokens."""
+    if result.vocabulary != original.vocabulary:
+        raise DataError(
+            f"'{result.folder}' has a vocabulary of {result.vocabulary} tokens, and '{original.folder}' one of "
+            f"{original.vocabulary}.",
+            why="Predictions of the next token can be compared only over the same tokens.",
+            remedy="Compare with the model that the result was made from, or evaluate each alone.",
+        )
+
+
+def _check_tokenizers(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], models: str
+) -> None:
+    """Raises `DataError` if the start of the text is not the same tokens to both."""
+    start = "".join(islice(chain.from_iterable(chain.from_iterable(texts)), _CHARACTERS))
+    one, other = (
+        list(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]) for tokenizer in (ours, theirs)
+    )
+    if one != other:
+        pairs = zip(one, other, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+        raise DataError(
+            f"The tokenizers of {models} make different tokens of the text, from token {place} on "
+            f"({one[place : place + 3]} and {other[place : place + 3]}).",
+            why="Both models are given the same tokens, which would be another text to one of them.",
+            remedy="Compare with the model that the result was made from, or evaluate each alone.",
+        )
 
 
 def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:
@@ -115,22 +154,22 @@ def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress
     with source.ends(head=False), torch.no_grad():
         hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
         for layer in range(len(source.layers)):
-            with source.layer(layer) as module:
-                outputs = pass_through(arguments, layer, module, {}, zip(batches, hidden, strict=True))
-                hidden = [out_BLH for out_BLH, _ in outputs]
+            hidden = list(forwarded(source, arguments, layer, zip(batches, hidden, strict=True)))
             progress(stage, layer + 1, len(source.layers))
     return hidden
 
 
-def _compare(logits_BLV: Tensor, original_BLV: Tensor | None, ids_BL: Tensor) -> Tensor:
+def _compare(logits_LV: Tensor, original_LV: Tensor | None, ids_L: Tensor) -> Tensor:
     """[4] float64 sums over predicted tokens: negative log likelihoods of both, KL, agreements."""
-    logp = logits_BLV[:, :-1].float().log_softmax(-1)
-    next_BL1 = ids_BL[:, 1:, None]
-    nll = -logp.gather(-1, next_BL1).double().sum()
-    if original_BLV is None:
-        return torch.stack([nll.cpu(), *torch.zeros(3, dtype=torch.float64)])
-    original = original_BLV[:, :-1].float().log_softmax(-1)
-    kl = (original.exp() * (original - logp)).sum(-1).double().sum()
-    same = (original.argmax(-1) == logp.argmax(-1)).double().sum()
-    original_nll = -original.gather(-1, next_BL1).double().sum()
-    return torch.stack([nll, original_nll, kl, same]).cpu()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(ids_L) - 1, _POSITIONS):
+        rows = slice(start, min(start + _POSITIONS, len(ids_L) - 1))
+        next_P1 = ids_L[rows.start + 1 : rows.stop + 1, None]
+        logp_PV = logits_LV[rows].float().log_softmax(-1)
+        sums[0] -= logp_PV.gather(-1, next_P1).double().sum().cpu()
+        if original_LV is not None:
+            original_PV = original_LV[rows].float().log_softmax(-1)
+            sums[1] -= original_PV.gather(-1, next_P1).double().sum().cpu()
+            sums[2] += (original_PV.exp() * (original_PV - logp_PV)).sum(-1).double().sum().cpu()
+            sums[3] += (original_PV.argmax(-1) == logp_PV.argmax(-1)).double().sum().cpu()
+    return sums

@@ -58,13 +58,13 @@ def expand(
     """
     out, progress = Path(out), progress or silent
     check_output_folder(out, ours=lambda _: False)
-    source = DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, experts=False)
+    source = DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, dense=False)
     latent = {name: module for name, module in source.model.named_modules() if isinstance(module, LatentExperts)}
     if not latent:
         raise ModelError(f"'{folder}' holds no latent experts.", remedy="Give a folder that `apply` wrote.")
     dense_bytes = sum(module.spec.dense_numel * next(module.parameters()).element_size() for module in latent.values())
     check_free_space(out.parent, source.checkpoint.total_bytes + 2 * dense_bytes, "the dense checkpoint")
-    path = out.with_name(f"{out.name}.work")
+    path = out.with_name(f"{out.name}.expand-work")
     inputs = {_STAGE: {"artifact": source.checkpoint.fingerprint()}}
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
     del config.quantization_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.adapters.keys import KeyMap
 from molae_compress.artifact import check_names
@@ -18,7 +18,7 @@ from molae_compress.errors import DataError, RecipeError
 from molae_compress.modeling.quantizer import attach_
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
-from molae_compress.source import LiveSource
+from molae_compress.source import LiveSource, check_tokens, load_tokenizer
 from molae_compress.summary import summarise
 
 
@@ -82,14 +82,20 @@ def _windows(
     if data is None and section.data is None:
         raise DataError("There is no calibration data.", remedy="Pass `data`, or leave `calibration` out of the recipe.")
     if tokenizer is None and not isinstance(data, Tensor):
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        if not model.name_or_path:
+            raise DataError("There is no tokenizer for the texts.", remedy="Pass `tokenizer`, or token ids as `data`.")
+        tokenizer = load_tokenizer(model.name_or_path)
     settings: dict[str, Any] = {
         "samples": section.samples,
         "sequence_length": section.sequence_length,
         "seed": section.seed,
     }
     if data is not None:
-        return as_windows(data, tokenizer, **settings)
-    assert section.data is not None
-    assert tokenizer is not None
-    return token_windows(read_texts(section.data, section.column), tokenizer, **settings)
+        windows_NL = as_windows(data, tokenizer, **settings)
+    else:
+        assert section.data is not None
+        assert tokenizer is not None
+        windows_NL = token_windows(read_texts(section.data, section.column), tokenizer, **settings)
+    embedding: Any = model.get_input_embeddings()
+    check_tokens(windows_NL, embedding.weight.shape[0])
+    return windows_NL

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from molae_compress.budget import Shapes
+from molae_compress.solver.population import ROWS
 from molae_compress.tensors import ExpertsSpec, LatentShape
 
 
@@ -51,7 +52,8 @@ class Plan:
         source_bytes, artifact_bytes: tensor bytes of the checkpoint (quantised weights as they are read) and of the result.
         stored_bytes: what the tensors of the checkpoint take in its files, if weights in them are quantised.
         measured: the ranks follow from measured spectra (or from no spectra at all) and are final.
-        memory_bytes: upper estimate of the memory of a run, activations included.
+        memory_bytes: upper estimate of the memory of a run: layer, ends of the model (embedding and head), experts, the
+            solver's working matrices (`solver_bytes`), and the activations unless they are spilled to disk.
         activation_bytes: calibration activations of one layer, in memory or spilled to disk.
         disk_bytes: free disk the run needs, work directory included.
         tokens: calibration tokens.
@@ -149,6 +151,18 @@ def _work(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
     return macs, K * (sent_in + (shape.rank_out if whole_out else H))
 
 
+def solver_bytes(spec: ExpertsSpec) -> int:
+    """What the solver holds of one expert at most, beside its weights as they are stored.
+
+    Slope moments and metric [J,J] in float64 and float32 and two moments of intermediates [I,I] in float64, or the eight
+    [I,I] of a refit of the second projection (more if there is no gate); input moments [H,H] in float64; the expert's first
+    projection twice in float32; one part of its tokens with what is computed from them on the way to the slopes.
+    """
+    H, I, J = spec.hidden, spec.intermediate, spec.rows
+    matrices = max(J * J * (8 + 4) + 2 * I * I * 8, 8 * I * I * 8) + 4 * H * H * 8
+    return matrices + 2 * J * H * 4 + ROWS * (5 * J + 2 * H) * 4
+
+
 def make_plan(
     model: str | None,
     specs: Sequence[ExpertsSpec],
@@ -160,27 +174,48 @@ def make_plan(
     largest_layer_bytes: int,
     tokens: int,
     measured: bool,
-    in_memory: bool = True,
     stored_bytes: int | None = None,
+    ends_bytes: int = 0,
+    evaluated: bool = False,
+    memory_limit: int | None = None,
 ) -> Plan:
-    """Adds up a whole model; `largest_layer_bytes` is what one decoder layer without its experts takes in float32."""
+    """Adds up a whole model.
+
+    Args:
+        model: folder or hub id.
+        specs: all of its routed-experts modules.
+        shapes: of those that are compressed.
+        dense_dtypes: type of the checkpoint, by module.
+        dtypes: type of the latent tensors, by module.
+        source_bytes: tensors of the checkpoint.
+        largest_layer_bytes: one decoder layer without its experts in float32.
+        tokens: calibration tokens.
+        measured: see `Plan`.
+        ends_bytes: what comes before and after the decoder layers (embedding, last norm, head), in float32.
+        evaluated: the result is compared with the original at the end.
+        memory_limit: activations above it are spilled to disk; None is no limit.
+    """
     layers = tuple(
         layer_plan(spec, shapes.get(spec.name), dense_bytes=dense_bytes[spec.name], dtype=dtypes[spec.name])
         for spec in specs
     )
     hidden = max(spec.hidden for spec in specs)
     activations = tokens * (2 * hidden * 4 + max(spec.top_k for spec in specs) * 12 + 4)
+    held = activations if memory_limit is None or 2 * tokens * hidden * 4 <= memory_limit else 0
     experts = max(layer.dense_bytes for layer in layers)
     latent = max(layer.bytes for layer in layers)
     artifact = source_bytes + sum(layer.bytes - layer.dense_bytes for layer in layers)
+    # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
+    working = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
+    # the ends of both models at once
+    compared = ends_bytes if evaluated else 0
     return Plan(
         model=model,
         layers=layers,
         source_bytes=source_bytes,
         artifact_bytes=artifact,
         measured=measured,
-        # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
-        memory_bytes=largest_layer_bytes + max(2 * experts, experts + 2 * latent) + (activations if in_memory else 0),
+        memory_bytes=largest_layer_bytes + ends_bytes + max(working + held, compared),
         activation_bytes=activations,
         disk_bytes=2 * artifact + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,

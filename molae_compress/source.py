@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.adapters import decoder_layers, find_experts
 from molae_compress.adapters.keys import KeyMap
@@ -29,7 +30,7 @@ from molae_compress.adapters.skeleton import (
     zero_computed_buffers_,
 )
 from molae_compress.checkpoint import Checkpoint, StoredTensors, open_source, resolve_model
-from molae_compress.errors import CheckpointError, RecipeError
+from molae_compress.errors import CheckpointError, DataError, ModelError, RecipeError
 from molae_compress.layouts import dense_experts, weight_names
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.modeling.quantizer import MolaeConfig, swap_
@@ -96,12 +97,12 @@ class DiskSource:
         revision: str | None = None,
         device: torch.device,
         trust_remote_code: bool = False,
-        experts: bool = True,
+        dense: bool = True,
     ) -> DiskSource:
         """Finds the folder, checks its headers against the model class, and reads no weights.
 
-        With `experts` the model must be dense, and its layers come without the weights of their experts. Otherwise it may
-        be an artifact too, and layers come whole.
+        With `dense` the model must be dense. Otherwise it may be an artifact, whose latent experts come with their layer;
+        dense ones never do.
 
         Raises:
             CheckpointError: the folder, its files or their tensors are not those of the model.
@@ -111,15 +112,18 @@ class DiskSource:
         config = read_config(folder, trust_remote_code=trust_remote_code)
         quantized = config.to_dict().get("quantization_config")
         latent = None
-        if not experts and quantized is not None and quantized.get("quant_method") == "molae":
+        if not dense and quantized is not None and quantized.get("quant_method") == "molae":
             latent = MolaeConfig(**quantized)
         checkpoint = open_source(folder, config.to_dict()) if latent is None else Checkpoint.open(folder)
         drop_quantization_(config)  # the skeleton is dense, of an artifact until its experts are swapped
         bare = skeleton(config, trust_remote_code=trust_remote_code)
-        found = find_experts(bare)
+        specs = find_experts(bare)
+        found = [spec.name for spec in specs]
         if latent is not None:
-            for swapped in swap_(bare, latent):
-                zero_computed_buffers_(bare.get_submodule(swapped))
+            swapped = swap_(bare, latent)
+            for name in swapped:
+                zero_computed_buffers_(bare.get_submodule(name))
+            specs = [spec for spec in specs if spec.name not in swapped]
         keys = KeyMap(bare, checkpoint.entries)
         if keys.missing:
             some = sorted(keys.missing)
@@ -128,9 +132,10 @@ class DiskSource:
                 why="Missing weights would be invented.",
                 remedy="Fetch the checkpoint again, with all its shards.",
             )
-        source = cls(folder, checkpoint, bare, keys, found if experts else [], [spec.name for spec in found], device)
-        for spec in source.specs:  # on meta: shapes are checked without reading a weight
-            keys.materialise(spec.name, source._meta)
+        source = cls(folder, checkpoint, bare, keys, specs, found, device)
+        keys.materialise("", source._meta)  # on meta: shapes are checked without reading a weight
+        for spec in source.specs:
+            _check_experts(source, spec)
         return source
 
     @property
@@ -147,7 +152,7 @@ class DiskSource:
         embedding: Any = self.model.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
-    def _meta(self, key: str) -> torch.Tensor:
+    def _meta(self, key: str) -> Tensor:
         entry = self.checkpoint.entries[key]
         return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
 
@@ -302,7 +307,72 @@ def chosen(specs: list[ExpertsSpec], recipe: Recipe) -> list[ExpertsSpec]:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU if there is one, else the CPU; one layer at a time lives there."""
+    """`auto` is a GPU if there is one, else the CPU; one layer at a time lives there.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"The device '{device}' cannot be used.",
+            why=f"torch says: {str(error).splitlines()[0].rstrip('.')}.",
+            remedy="Use `auto` or `cpu`, or install a build of torch for this device.",
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ModelError: there is none, or none that can be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise _no_tokenizer(folder) from error
+    # without files transformers makes an empty one, of special tokens alone
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise _no_tokenizer(folder)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _no_tokenizer(folder: str | Path) -> ModelError:
+    return ModelError(
+        f"'{folder}' has no tokenizer that can be loaded.",
+        why="Without it text cannot be turned into the model's tokens.",
+        remedy="Fetch the tokenizer files of the model too (tokenizer.json, tokenizer_config.json).",
+    )
+
+
+def check_tokens(windows_NL: Tensor, vocabulary: int) -> None:
+    """Raises `DataError` if a token has no row in the model's embedding."""
+    if (largest := int(windows_NL.max())) >= vocabulary:
+        raise DataError(
+            f"The tokenizer makes the token {largest}, and the model has no embedding for it (it has {vocabulary}).",
+            why="Tokenizer and weights are not of the same model.",
+            remedy="Fetch tokenizer and weights of the same model again.",
+        )
+
+
+def _check_experts(source: DiskSource, spec: ExpertsSpec) -> None:
+    """Refuses experts in eight bits that do not say so, in several types, or with tensors the class does not know."""
+    keys = source.keys.sources_of(spec.name)
+    dtypes = {source.checkpoint.entries[key].dtype for key in keys}
+    if not dtypes <= {"F64", "F32", "F16", "BF16"} or len(dtypes) > 1:
+        raise CheckpointError(
+            f"The experts '{spec.name}' are stored as {', '.join(sorted(dtypes))}.",
+            why="Only plain floating-point weights of one type can be factorised.",
+            remedy="Use a release of the model in bfloat16, float16 or float32.",
+        )
+    place = commonprefix(sorted(keys)).rpartition(".")[0]  # noqa: RUF071 - of names, not of paths
+    if strangers := sorted(key for key in source.keys.unknown if key.startswith(f"{place}.")):
+        raise CheckpointError(
+            f"The checkpoint has {len(strangers)} tensors of the experts '{spec.name}' that {type(source.model).__name__} "
+            f"does not know, for example '{strangers[0]}'.",
+            why="They may be scales of quantised weights, without which the experts mean something else.",
+            remedy="Use an unquantised release of the model, with a transformers version that knows it.",
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from molae_compress.calibration.walk import LayerArguments, ObservedExperts, Recorder, RoutedTokens, pass_through
 from molae_compress.checkpoint import WorkDirectory
+from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.errors import ModelError
 from molae_compress.layouts import layout_of
 from molae_compress.source import Source
@@ -98,10 +99,11 @@ class ResidualStream:
 
     def recorder(self, spec: ExpertsSpec) -> Recorder:
         """Room for what one experts module sees of the whole stream."""
-        folder = None
-        if not self._in_memory and self._work is not None:
-            folder = self._work.path(STAGE, "inputs").parent
-        return Recorder(spec, self._tokens, folder)
+        if self._in_memory or self._work is None:
+            return Recorder(spec, self._tokens, None)
+        folder = self._work.path(STAGE, "inputs").parent
+        with disk_errors(folder):
+            return Recorder(spec, self._tokens, folder)
 
     def forget(self, layer: int) -> None:
         """Removes the stored stream before `layer`, once nothing needs it any more."""
@@ -148,3 +150,18 @@ def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[st
         enter = partial(layout.enter, module, spec)
         stand_ins[spec.name] = ObservedExperts(source.dense(spec), enter, recorders.get(spec.name))
     return stand_ins
+
+
+def forwarded(
+    source: Source, arguments: LayerArguments, layer: int, batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[Tensor]:
+    """Hidden states [B,L,H] after one decoder layer, batch by batch, from batches of token ids and hidden states.
+
+    Dense experts stay in the precision they are stored in, so that a layer takes no more memory than on disk.
+    """
+    prefix = f"{source.layers_path}.{layer}."
+    experts = observed(source, [spec for spec in source.specs if spec.layer == layer], {})
+    inside = {path.removeprefix(prefix): stand_in for path, stand_in in experts.items()}
+    with source.layer(layer) as module:
+        for out_BLH, _ in pass_through(arguments, layer, module, inside, batches):
+            yield out_BLH

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -21,9 +21,12 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
     tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
     experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
     by_layer: dict[str, int] = {}
+    ends = 0
     for name, tensor in source.model.state_dict().items():
         number = LAYER_NUMBER.search(name)
-        if number is not None and name not in experts:
+        if number is None:
+            ends += 4 * tensor.numel()
+        elif name not in experts:
             layer = name[: number.end()]
             by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
     return make_plan(
@@ -37,6 +40,9 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
         measured=measured,
         stored_bytes=quantized[1] if quantized is not None else None,
+        ends_bytes=ends,
+        evaluated=run.recipe.evaluate is not None,
+        memory_limit=run.memory_limit,
     )
 
 
@@ -49,6 +55,7 @@ def summarise(
     data_sha256: str = "",
     evaluation: Evaluation | None = None,
     source_fingerprint: str = "",
+    unknown: Collection[str] = (),
 ) -> Report:
     """The report of a finished run.
 
@@ -60,6 +67,7 @@ def summarise(
         data_sha256: of the calibration text.
         evaluation: comparison with the original.
         source_fingerprint: of the checkpoint.
+        unknown: its tensors that the model class does not know.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
     source: dict[str, Any] = {"fingerprint": source_fingerprint, "bytes": plan.source_bytes}
@@ -70,6 +78,12 @@ def summarise(
         windows, length = run.windows_NL.shape
         used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
     layers = _layer_reports(run, shapes)
+    warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
+    if unknown:
+        warnings += (
+            f"{len(unknown)} tensors of the checkpoint are unknown to {type(run.source.model).__name__} and were copied as "
+            f"they are, for example '{min(unknown)}'.",
+        )
     return Report(
         model=model,
         recipe=yaml.safe_load(recipe.dump()),
@@ -78,9 +92,10 @@ def summarise(
         layers=layers,
         calibration=used,
         evaluation=evaluation.to_dict() if evaluation is not None else None,
-        warnings=warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None),
+        warnings=warnings,
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
+        inputs={},
         files={},
         source=source,
         artifact={"bytes": plan.artifact_bytes},

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from molae_compress.adapters.skeleton import model_class, read_config
-from molae_compress.calibration.walk import LayerArguments, pass_through
+from molae_compress.calibration.walk import LayerArguments
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.report import Report
 from molae_compress.source import DiskSource
+from molae_compress.stream import forwarded
 
 _PROBE_TOKENS = 16
 _CHUNK = 1 << 24
@@ -84,10 +85,13 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Pro
 
 def _report(folder: Path) -> tuple[bool, str]:
     report = Report.load(folder)
-    return True, f"written by molae_compress {report.versions['molae_compress']} for {report.model}"
+    return True, f"written by molae_compress {report.versions.get('molae_compress')} for {report.model}"
 
 
 def _files(folder: Path, report: Report) -> tuple[bool, str]:
+    weights = {path.name for path in folder.glob("*.safetensors*")}
+    if strangers := sorted(({"config.json"} | weights) - report.files.keys()):
+        return False, f"the report does not vouch for '{strangers[0]}'"
     for name, expected in report.files.items():
         if not (folder / name).exists():
             return False, f"'{name}' is missing"
@@ -149,8 +153,7 @@ def probe(source: DiskSource) -> Tensor:
     with source.ends(head=True), torch.no_grad():
         hidden_1TH = arguments.embedded(ids_1T)
         for layer in range(len(source.layers)):
-            with source.layer(layer) as module:
-                ((hidden_1TH, _),) = pass_through(arguments, layer, module, {}, iter([(ids_1T, hidden_1TH)]))
+            (hidden_1TH,) = forwarded(source, arguments, layer, iter([(ids_1T, hidden_1TH)]))
         return arguments.logits(ids_1T, hidden_1TH)[0].float()
 
 
@@ -160,4 +163,4 @@ def _probe_ids(source: DiskSource) -> Tensor:
 
 def _open(folder: Path, trust_remote_code: bool) -> DiskSource:
     read_config(folder, trust_remote_code=trust_remote_code)
-    return DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, experts=False)
+    return DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, dense=False)

@@ -22,8 +22,7 @@ def expected_specs(family: str) -> list[ExpertsSpec]:
     odd = {"has_bias": True, "is_transposed": True, "interleaved": True} if family == "gpt_oss" else {}
     layers = (1, 2) if family == "deepseek_v3" else (0, 1)
     return [
-        ExpertsSpec(f"model.layers.{i}.mlp.experts", i, EXPERTS, HIDDEN, INTERMEDIATE, top_k=TOP_K, **odd)
-        for i in layers
+        ExpertsSpec(f"model.layers.{i}.mlp.experts", i, EXPERTS, HIDDEN, INTERMEDIATE, top_k=TOP_K, **odd) for i in layers
     ]
 
 

@@ -86,9 +86,7 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def saved(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PreTrainedModel, Checkpoint]:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Checkpoint]:
     model = build(request.param)
     # Buffers that start at zero would hide a buffer that is not read.
     for buffer in model.buffers():

@@ -38,9 +38,7 @@ def test_a_path_that_does_not_exist_never_reaches_the_hub(
 def test_a_misspelt_folder_gets_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/pocket-moe").mkdir(parents=True)
-    with pytest.raises(
-        CheckpointError, match=r"'models/poket-moe' does not exist\. Close to it are: models/pocket-moe\."
-    ):
+    with pytest.raises(CheckpointError, match=r"'models/poket-moe' does not exist\. Close to it are: models/pocket-moe\."):
         resolve_model("models/poket-moe")
     (tmp_path / "models/file").touch()
     with pytest.raises(CheckpointError, match="is a file"):

@@ -310,9 +310,7 @@ def test_bundled_recipes_load_by_name_and_explain_themselves() -> None:
         assert recipe.model
         assert recipe.calibration is not None
         assert recipe.evaluate is not None
-        assert set(recipe.calibration.data or ()).isdisjoint(recipe.evaluate.data), (
-            "evaluated on its own calibration text"
-        )
+        assert set(recipe.calibration.data or ()).isdisjoint(recipe.evaluate.data), "evaluated on its own calibration text"
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# ")
         assert f"molae-compress apply recipes/{name}.yaml" in text

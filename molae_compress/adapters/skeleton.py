@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -37,7 +38,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         )
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ModelError(
             f"The configuration '{path}' cannot be used ({error}).",
             remedy="Check `model_type`; a newer transformers may be needed.",

@@ -61,9 +61,7 @@ def _built_in(source: str) -> list[str]:
 def _folder(folder: Path) -> list[str]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt")
     if not files:
-        raise DataError(
-            f"The folder '{folder}' has no .txt files.", remedy="Name a folder of .txt files, or a single file."
-        )
+        raise DataError(f"The folder '{folder}' has no .txt files.", remedy="Name a folder of .txt files, or a single file.")
     return [_decoded(path) for path in files]
 
 
@@ -116,9 +114,7 @@ def _json_texts(path: Path, column: str) -> list[str | None]:
             remedy="If it holds one object a line, name it .jsonl.",
         ) from error
     if not isinstance(rows, list):
-        raise DataError(
-            f"'{path}' is not a JSON list.", remedy="Write a list of texts, or of objects with a text each."
-        )
+        raise DataError(f"'{path}' is not a JSON list.", remedy="Write a list of texts, or of objects with a text each.")
     return [
         row if isinstance(row, str) else _field(row, column, f"Entry {number} of '{path}'")
         for number, row in enumerate(rows, start=1)

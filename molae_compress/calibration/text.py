@@ -74,8 +74,7 @@ def token_windows(
     # The standard library's generator gives the same choice on every version and platform.
     chance = random.Random(seed)
     chosen = [
-        windows_NL[chance.sample(range(len(windows_NL)), share)]
-        for windows_NL, share in zip(available, shares, strict=True)
+        windows_NL[chance.sample(range(len(windows_NL)), share)] for windows_NL, share in zip(available, shares, strict=True)
     ]
     windows_NL = torch.cat(chosen)
     return windows_NL[chance.sample(range(len(windows_NL)), len(windows_NL))]

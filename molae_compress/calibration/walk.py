@@ -9,6 +9,7 @@ Shape suffixes: N windows, B windows of one batch, L tokens of one window; T = N
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,8 +116,12 @@ class Recorder:
 def _array(shape: tuple[int, int], folder: Path | None, name: str) -> Tensor:
     if folder is None:
         return torch.zeros(shape)
-    size = shape[0] * shape[1]
-    return torch.from_file(str(folder / f"{name}.bin"), shared=True, size=size).view(shape)
+    path, size = folder / f"{name}.bin", shape[0] * shape[1]
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * size)  # a disk that fills up under a mapped file would end the process
+    mapped = torch.from_file(str(path), shared=True, size=size).view(shape)
+    path.unlink()  # the space is given back with the tensor, or when the process is killed
+    return mapped
 
 
 class _Captured(Exception):

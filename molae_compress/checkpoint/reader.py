@@ -329,9 +329,7 @@ def _read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
     with _opened(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size:
-            raise _damaged(
-                path, f"is truncated or no safetensors file: {size} bytes, and its header alone {length + 8}"
-            )
+            raise _damaged(path, f"is truncated or no safetensors file: {size} bytes, and its header alone {length + 8}")
         if length > _MAX_HEADER_BYTES:
             raise _damaged(path, f"is no safetensors file: its header would have {length} bytes")
         raw = file.read(length)

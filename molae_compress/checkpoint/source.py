@@ -125,9 +125,7 @@ def _download(model: str, revision: str | None) -> Path:
             remedy=f"Accept its terms at https://huggingface.co/{model}, log in with 'hf auth login', and run again.",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"The model '{model}' has no revision '{revision}'.", remedy="Check the revision."
-        ) from error
+        raise CheckpointError(f"The model '{model}' has no revision '{revision}'.", remedy="Check the revision.") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
             f"The model '{model}' is neither a folder here nor a model of the hub.",

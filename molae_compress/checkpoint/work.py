@@ -141,9 +141,7 @@ class WorkDirectory:
     def __enter__(self) -> WorkDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _reconcile(self, fresh: bool, reusable: Collection[str]) -> None:

@@ -129,9 +129,7 @@ def write_shards(folder: Path, sources: Sequence[TensorSource], *, max_shard_siz
     return WrittenShards(tuple(files), weight_map, total_size)
 
 
-def write_safetensors(
-    path: Path, sources: Sequence[TensorSource], metadata: dict[str, str] | None = None
-) -> WrittenFile:
+def write_safetensors(path: Path, sources: Sequence[TensorSource], metadata: dict[str, str] | None = None) -> WrittenFile:
     """Writes one safetensors file and forces it to disk; `metadata` is added to the string metadata of its header."""
     # Larger types first, as the safetensors library orders them: programs that map the file need aligned tensors.
     ordered = sorted(sources, key=lambda source: -DTYPES[source.dtype].itemsize)

@@ -169,9 +169,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     """Sets one value of `data`, as `key.path=value` says."""
     path, equals, text = override.partition("=")
     if not equals:
-        raise RecipeError(
-            f"The override '{override}' has no '='.", remedy="Write key.path=value, as in budget.keep=0.6."
-        )
+        raise RecipeError(f"The override '{override}' has no '='.", remedy="Write key.path=value, as in budget.keep=0.6.")
     place, dot, key = path.strip().partition(".")
     if place not in Recipe.model_fields:
         raise unknown_key(Recipe, place)

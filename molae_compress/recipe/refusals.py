@@ -72,9 +72,7 @@ def unknown_key(section: type[Section], key: str) -> RecipeError:
     path = f"{section.place}.{key}" if section.place else key
     near = difflib.get_close_matches(key, section.model_fields, n=2)
     guesses = [path.removesuffix(key) + match for match in near]
-    guesses += [
-        f"{other.place}.{key}" for other in Section.__subclasses__() if other.place and key in other.model_fields
-    ]
+    guesses += [f"{other.place}.{key}" for other in Section.__subclasses__() if other.place and key in other.model_fields]
     return RecipeError(
         f"`{path}` is not a key of a recipe.",
         why=f"{f'`{section.place}`' if section.place else 'A recipe'} takes {', '.join(section.model_fields)}.",
@@ -91,9 +89,7 @@ def _translated(section: type[Section], error: ValidationError) -> RecipeError:
     path = f"{section.place}.{key}" if section.place else key
     schema = section.model_json_schema()["properties"][key]
     if details["type"] == "missing":
-        return RecipeError(
-            f"`{path}` is missing.", why=schema["description"], remedy=f"Allowed: {allowed_values(schema)}."
-        )
+        return RecipeError(f"`{path}` is missing.", why=schema["description"], remedy=f"Allowed: {allowed_values(schema)}.")
     value = details["input"]
     words = difflib.get_close_matches(str(value), allowed_values(schema).split(", "), n=1)
     if words:

@@ -140,7 +140,8 @@ class Budget(Section):
 
     place = "budget"
     keep: Share | None = Field(
-        default=None, description="Share of the routed experts' parameters that remains; 0.6 if no budget is given."
+        default=None,
+        description="Share of the parameters of the routed experts that are not ignored; 0.6 if no budget is given.",
     )
     rank: Count | Literal["full"] | None = Field(
         default=None,
@@ -156,8 +157,7 @@ class Budget(Section):
     )
     align: Literal["auto"] | Count = Field(
         default="auto",
-        description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for "
-        "serving.",
+        description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for serving.",
     )
 
     @model_validator(mode="before")
@@ -179,9 +179,7 @@ class Refit(Section):
     """What is fitted again, by least squares, once the shared bases stand."""
 
     place = "refit"
-    cores: bool = Field(
-        default=True, description="Refit each expert's own matrices on the tokens that were routed to it."
-    )
+    cores: bool = Field(default=True, description="Refit each expert's own matrices on the tokens that were routed to it.")
     down: bool = Field(
         default=True, description="Refit the down projection on what the compressed first projection really delivers."
     )
@@ -193,8 +191,7 @@ class Refit(Section):
     )
     sequential: bool = Field(
         default=False,
-        description="Calibrate each layer on what the compressed layers before it deliver, not the original ones. "
-        "Slower.",
+        description="Calibrate each layer on what the compressed layers before it deliver, not the original ones. Slower.",
     )
 
 

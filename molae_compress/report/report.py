@@ -6,12 +6,13 @@ Everything in it follows from the recipe, the model and the text, except the tim
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,6 +85,7 @@ class Report:
         warnings: sentences for the reader, see `warnings_for`.
         versions: of the software, see `installed_versions`.
         timings: stage -> seconds.
+        inputs: everything the weights follow from, as text: recipe keys, source, calibration text, versions.
         files: name -> sha256 of every file of the artifact that the report vouches for.
         source: `fingerprint` and `bytes` of the source checkpoint; if it is quantised, `bytes` are those after dequantising,
             and `quantization` and `stored_bytes` say how and in how many its files hold the tensors.
@@ -100,6 +102,7 @@ class Report:
     warnings: tuple[str, ...]
     versions: dict[str, str]
     timings: dict[str, float]
+    inputs: dict[str, str]
     files: dict[str, str]
     source: dict[str, Any]
     artifact: dict[str, Any]
@@ -169,9 +172,22 @@ class Report:
             CheckpointError: it cannot be written.
         """
         path = Path(folder) / FILE_NAME
+        if not self.files and path.parent.is_dir():  # a model that was saved by its own save_pretrained
+            return replace(self, files=file_hashes(path.parent)).save(folder)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         write_file(path, f"{text}\n".encode())
         return path
+
+
+def file_hashes(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 of every file of an artifact but its report, by path inside the folder; `known` ones are not read again."""
+    hashes = dict(known or {})
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != FILE_NAME and name not in hashes:
+            with path.open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def warnings_for(

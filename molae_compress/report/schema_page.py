@@ -84,9 +84,7 @@ def recipe_reference() -> str:
     """The recipe reference as Markdown."""
     bundled = bundled_recipes()
     example = bundled["quickstart"].read_text(encoding="utf-8").strip()
-    paper = ", ".join(
-        f"`{place}.{key}: {show(value)}`" for place, fixed in PAPER.items() for key, value in fixed.items()
-    )
+    paper = ", ".join(f"`{place}.{key}: {show(value)}`" for place, fixed in PAPER.items() for key, value in fixed.items())
     parts = [_HEAD.format(example=example, bundled=", ".join(f"`{name}`" for name in bundled)), _table(Recipe), ""]
     for place, section in SECTIONS.items():
         parts += [f"## `{place}`\n", f"{section.__doc__}\n", _table(section), ""]

@@ -1,7 +1,8 @@
 """Allocation: ranks for every layer and side from one budget, by water-filling on measured error curves.
 
 A curve lists what a choice costs (numbers stored) and the error it leaves, all curves in one unit of error. Greedy on
-the lower convex hull is optimal for the relaxed problem: spend where the next number buys the largest fall in error.
+the lower convex hulls is optimal for every budget it meets exactly (Everett, 1963); what it leaves over is spent on the
+best steps that still fit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -21,65 +23,89 @@ class Curve:
     costs: tuple[int, ...]
     errors: tuple[float, ...]
 
+    def gain(self, start: int, target: int) -> float:
+        """Fall in error per unit of cost between two choices."""
+        return (self.errors[start] - self.errors[target]) / (self.costs[target] - self.costs[start])
+
 
 def tail_errors(energy_GM: Tensor, ranks: Sequence[int]) -> tuple[float, ...]:
-    """Error of each rank for groups that share one rank: energies beyond it, summed over groups."""
+    """Error of each rank for groups that share one rank: energies [G,M] beyond it, summed over groups."""
     energy_M = energy_GM.sum(0)
     tail = energy_M.flip(0).cumsum(0).flip(0)
     return tuple(float(tail[rank]) if rank < len(tail) else 0.0 for rank in ranks)
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> list[int] | None:
-    """Index of the chosen rank in each curve, total cost within `budget`; None if even the cheapest choices exceed it."""
-    chosen = [0] * len(curves)
-    left = budget - sum(curve.costs[0] for curve in curves)
-    if left < 0:
+    """Index of the chosen rank in each curve, total cost within `budget`; None if even the cheapest choices exceed it.
+
+    Never worse than taking the same index in every curve.
+    """
+    if sum(curve.costs[0] for curve in curves) > budget:
         return None
-    steps = [_hull(curve) for curve in curves]
-    queue = [_step(curves[i], i, 0, hull[0]) for i, hull in enumerate(steps) if hull]
+    chosen = _fill(curves, _water_level(curves, budget), budget)
+    uniform = _same_index(curves, budget)
+    return _fill(curves, uniform, budget) if _total_error(curves, uniform) < _total_error(curves, chosen) else chosen
+
+
+def _total_cost(curves: Sequence[Curve], chosen: Sequence[int]) -> int:
+    return sum(curve.costs[k] for curve, k in zip(curves, chosen, strict=True))
+
+
+def _total_error(curves: Sequence[Curve], chosen: Sequence[int]) -> float:
+    return sum(curve.errors[k] for curve, k in zip(curves, chosen, strict=True))
+
+
+def _same_index(curves: Sequence[Curve], budget: int) -> list[int]:
+    """The highest index that all curves can afford together, a curve's last one if it has fewer."""
+    for index in range(max((len(curve.costs) for curve in curves), default=1) - 1, 0, -1):
+        chosen = [min(index, len(curve.costs) - 1) for curve in curves]
+        if _total_cost(curves, chosen) <= budget:
+            return chosen
+    return [0] * len(curves)
+
+
+def _water_level(curves: Sequence[Curve], budget: int) -> list[int]:
+    """Steps along the hulls in the order of their gain, as far as the budget goes."""
+    chosen = [0] * len(curves)
+    left = budget - _total_cost(curves, chosen)
+    hulls = [_hull(curve) for curve in curves]
+    queue = [(-curve.gain(0, hull[0]), i, 0) for i, (curve, hull) in enumerate(zip(curves, hulls, strict=True)) if hull]
     heapq.heapify(queue)
-    taken = [0] * len(curves)
     while queue:
-        _, i, target = heapq.heappop(queue)
-        price = curves[i].costs[target] - curves[i].costs[chosen[i]]
+        _, i, step = heapq.heappop(queue)
+        curve, target = curves[i], hulls[i][step]
+        price = curve.costs[target] - curve.costs[chosen[i]]
         if price > left:
             continue
-        left, chosen[i], taken[i] = left - price, target, taken[i] + 1
-        if taken[i] < len(steps[i]):
-            heapq.heappush(queue, _step(curves[i], i, target, steps[i][taken[i]]))
-    _fill(curves, chosen, left)
+        left, chosen[i] = left - price, target
+        if step + 1 < len(hulls[i]):
+            heapq.heappush(queue, (-curve.gain(target, hulls[i][step + 1]), i, step + 1))
     return chosen
 
 
-def _step(curve: Curve, i: int, start: int, target: int) -> tuple[float, int, int]:
-    gain = curve.errors[start] - curve.errors[target]
-    return -gain / (curve.costs[target] - curve.costs[start]), i, target
-
-
 def _hull(curve: Curve) -> list[int]:
-    """Indices after the first on the lower convex hull of (cost, error)."""
+    """Indices after the first on the falling part of the lower convex hull of (cost, error)."""
     hull = [0]
     for k in range(1, len(curve.costs)):
-        while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) >= _slope(curve, hull[-2], k):
+        while len(hull) > 1 and curve.gain(hull[-2], hull[-1]) < curve.gain(hull[-2], k):
             hull.pop()
         hull.append(k)
-    return hull[1:]
+    return [k for previous, k in pairwise(hull) if curve.gain(previous, k) > 0]
 
 
-def _slope(curve: Curve, a: int, b: int) -> float:
-    return (curve.errors[b] - curve.errors[a]) / (curve.costs[b] - curve.costs[a])
-
-
-def _fill(curves: Sequence[Curve], chosen: list[int], left: int) -> None:
-    """Spends what the hull steps left over on single steps, the best that still fits first."""
+def _fill(curves: Sequence[Curve], chosen: Sequence[int], budget: int) -> list[int]:
+    """Spends what is left over on whatever step, long or short, gains most per cost among those that still fit."""
+    filled = list(chosen)
+    left = budget - _total_cost(curves, filled)
     while True:
         fits = [
-            _step(curve, i, chosen[i], chosen[i] + 1)
+            (-curve.gain(filled[i], k), i, k)
             for i, curve in enumerate(curves)
-            if chosen[i] + 1 < len(curve.costs) and curve.costs[chosen[i] + 1] - curve.costs[chosen[i]] <= left
+            for k in range(filled[i] + 1, len(curve.costs))
+            if curve.costs[k] - curve.costs[filled[i]] <= left
         ]
-        if not fits or min(fits)[0] >= 0:
-            return
-        _, i, target = min(fits)
-        left -= curves[i].costs[target] - curves[i].costs[chosen[i]]
-        chosen[i] = target
+        gain, i, k = min(fits, default=(0.0, 0, 0))
+        if gain >= 0:
+            return filled
+        left -= curves[i].costs[k] - curves[i].costs[filled[i]]
+        filled[i] = k

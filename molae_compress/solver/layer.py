@@ -2,6 +2,8 @@
 
 `measure_spectra` is what allocation needs before any rank is fixed; `solve_layer` is the fit at given ranks;
 `layer_error` measures the result on tokens that took no part in the fit. All pure: tensors in, tensors out.
+Products run in float32 (float64 for float64 weights) and are summed in float64, where the small problems are solved.
+Tokens come in parts of a fixed number of rows, so that their number does not matter for memory.
 Shape suffixes: N rows of one sample, X rows of one input branch; the rest as in `molae_compress.tensors`.
 """
 
@@ -14,12 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molae_compress.solver.basis import Spectrum, principal
-from molae_compress.solver.moments import cross, ridged
+from molae_compress.solver.basis import Spectrum, Stack
+from molae_compress.solver.moments import cholesky, cross, ridged
 from molae_compress.solver.packing import Packed, branch_rows
 from molae_compress.solver.population import Calibrated, Population
-from molae_compress.solver.refit import output_metric, project, refit_core, refit_down
+from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
 from molae_compress.tensors import DenseExperts, LatentShape
+
+_BLOCK = 1024  # rows of a matrix of moments that are added to at a time
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,9 @@ class Fit:
 
     Attributes:
         metric: `two-sided` weighs errors of the first projection by their effect on the expert's output, `input` does not.
-        output: basis of the second projection from each `expert`'s outputs, or from the layer's `combined` routed output.
-        cores: refit each expert's input cores on its own moments (phase 2).
+        output: basis of the second projection from each `expert`'s outputs, or from the `combined` routed output of the
+            experts that share it (needs calibration; without it the same as `expert`).
+        cores: refit each expert's input cores on its own moments (phase 2), else on those of its group.
         down: refit the second projection on the compressed intermediates.
         ridge_in, ridge_out: share of the identity in input and intermediate moments.
         ridge_metric: the same for the output metric.
@@ -70,48 +75,60 @@ class LayerError:
     tokens: int
 
 
+@torch.no_grad()
 def measure_spectra(dense: DenseExperts, population: Population, shape: LatentShape, fit: Fit) -> LayerSpectra:
-    """Spectra of every group of both sides; `shape` gives groups and branches, its ranks are not used."""
-    spec = dense.spec
-    input_GM = tuple(
-        torch.stack(
-            [
-                _input_spectrum(dense, population, group, rows_X, fit).energy_M
-                for group in _groups(dense, shape.input_group)
-            ]
-        )
-        for rows_X in branch_rows(spec, shape)
-    )
+    """Spectra of every group of both sides; `shape` gives groups and branches, its ranks are not used.
+
+    Args:
+        dense: weights of any float dtype, on the device of `population`.
+        population: what is known of the experts' inputs.
+        shape: groups and branches; group sizes divide the experts.
+        fit: metric and ridges.
+
+    Returns:
+        energies [G, min(rows of a group, H)], float64, on the device of the weights.
+    """
+    inputs = [_input_spectra(dense, population, group, shape, fit)[0] for group in _groups(dense, shape.input_group)]
+    input_GM = tuple(torch.stack([spectrum.energy_M for spectrum in each]) for each in zip(*inputs, strict=True))
     outputs = []
     for group in _groups(dense, shape.output_group):
-        stack = (_output_factor(dense, population, expert, fit)[1] for expert in group)
-        outputs.append(principal(stack, len(group) * spec.intermediate, spec.hidden).energy_M)
+        stack = Stack(len(group) * dense.spec.intermediate, dense.spec.hidden, None)
+        for expert in group:
+            w_HI, gram_II = _second(dense, population, expert, fit)
+            stack.add(w_HI.T, gram_II * population.weight(expert))
+        outputs.append(stack.spectrum().energy_M)
     return LayerSpectra(input_GM, torch.stack(outputs))
 
 
+@torch.no_grad()
 def solve_layer(
     dense: DenseExperts, population: Population, shape: LatentShape, fit: Fit, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Fits one experts module in the given shape.
+    """Fits one experts module in the given shape: phase 1 (bases) and phase 2 (cores) of both sides.
+
+    Args:
+        dense: weights of any float dtype, on the device of `population`.
+        population: what is known of the experts' inputs.
+        shape: form, ranks and groups; group sizes divide the experts, ranks are at most H.
+        fit: options of the fit.
+        dtype: of the result; cores are fitted to bases already rounded to it.
 
     Returns:
         tensors named and shaped as `shape.tensors(dense.spec)`, floats in `dtype`, on the device of the weights.
     """
     packed = Packed.empty(dense.spec, shape, dtype, dense.w_in_EJH.device)
+    layer_HH = population.covariance(range(dense.spec.num_experts), fit.ridge_in).to(_work(dense))
     for group in _groups(dense, shape.input_group):
-        for (stem, core), rows_X in zip(shape.branches(), branch_rows(dense.spec, shape), strict=True):
-            _fit_input(dense, population, packed, group, rows_X, (stem, core), fit)
-    if fit.output == "combined" and isinstance(population, Calibrated) and shape.rank_out is not None:
-        _fit_combined_output(dense, population, packed, fit)
-    else:
-        for group in _groups(dense, shape.output_group):
-            _fit_output(dense, population, packed, group, fit)
+        _fit_input(dense, population, packed, group, layer_HH, fit)
+    for group in _groups(dense, shape.output_group):
+        _fit_output(dense, population, packed, group, fit)
     if dense.bias_in_EJ is not None and dense.bias_out_EH is not None:
         packed.set_biases(dense.bias_in_EJ, dense.bias_out_EH)
     return packed.tensors
 
 
 def _groups(dense: DenseExperts, size: int) -> Iterator[range]:
+    assert dense.spec.num_experts % size == 0
     return (range(start, start + size) for start in range(0, dense.spec.num_experts, size))
 
 
@@ -119,159 +136,186 @@ def _work(dense: DenseExperts) -> torch.dtype:
     return torch.float64 if dense.w_in_EJH.dtype == torch.float64 else torch.float32
 
 
-def _slopes(dense: DenseExperts, population: Population, expert: int) -> Tensor:
-    """[J,J] float64: E[v v^T] of the activation's slopes; identity if nothing is known of the inputs."""
-    sample = population.sample(expert, dense.spec.rows)
+def _bias(dense: DenseExperts, expert: int) -> Tensor | None:
+    return None if dense.bias_in_EJ is None else dense.bias_in_EJ[expert]
+
+
+def _add_cross(sum_DF: Tensor, a_ND: Tensor, b_NF: Tensor, w_N: Tensor) -> None:
+    """Adds `cross` in place, a block of rows at a time: next to wide moments there is no room for another such matrix."""
+    for start in range(0, len(sum_DF), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        sum_DF[rows] += cross(a_ND[:, rows], b_NF, w_N)
+
+
+def _metric(dense: DenseExperts, population: Population, expert: int, fit: Fit) -> Tensor:
+    """[J,J]: `output_metric` of one expert; its slopes count as uncorrelated if nothing is known of the inputs."""
+    spec, w_HI = dense.spec, dense.w_out_EHI[expert].to(_work(dense))
+    sample = population.sample(expert, spec.rows)
     if sample is None:
-        return torch.eye(dense.spec.rows, dtype=torch.float64, device=dense.w_in_EJH.device)
-    x_NH, p_N = sample
-    h_NJ = x_NH.to(_work(dense)) @ dense.w_in_EJH[expert].to(_work(dense)).T
+        slope_JJ = torch.eye(spec.rows, dtype=w_HI.dtype, device=w_HI.device)
+    else:
+        sum_JJ = torch.zeros(spec.rows, spec.rows, dtype=torch.float64, device=w_HI.device)
+        for x_NH, p_N in sample:
+            slope_NJ = _slopes(dense, expert, x_NH.to(w_HI.dtype))
+            _add_cross(sum_JJ, slope_NJ, slope_NJ, p_N)
+        slope_JJ = sum_JJ.to(w_HI.dtype)
+        del sum_JJ  # the largest matrix of all
+    return output_metric(w_HI, slope_JJ, spec.channel_of_row().to(w_HI.device), fit.ridge_metric)
+
+
+def _slopes(dense: DenseExperts, expert: int, x_NH: Tensor) -> Tensor:
+    """[N,J] in the dtype of `x_NH`: slopes of the activation at one expert's first projection of some rows."""
+    h_NJ = x_NH @ dense.w_in_EJH[expert].to(x_NH.dtype).T
     if dense.bias_in_EJ is not None:
-        h_NJ = h_NJ + dense.bias_in_EJ[expert].to(h_NJ.dtype)
+        h_NJ += dense.bias_in_EJ[expert].to(x_NH.dtype)
     with torch.enable_grad():
         # every row of the first projection feeds one channel, so the gradient of the sum is each row's own slope
-        leaf_NJ = h_NJ.detach().requires_grad_()
-        (slope_NJ,) = torch.autograd.grad(dense.activate(leaf_NJ).sum(), leaf_NJ)
-    return cross(slope_NJ, slope_NJ, p_N)
+        (slope_NJ,) = torch.autograd.grad(dense.activate(h_NJ.requires_grad_()).sum(), h_NJ)
+    return slope_NJ
 
 
-def _input_factor(
-    dense: DenseExperts, population: Population, expert: int, rows_X: Tensor, root_HH: Tensor, fit: Fit
-) -> Tensor:
-    """[X,H]: M_i of `basis`, the whitened weights of one expert's branch in the metric of its output."""
-    w_XH = dense.w_in_EJH[expert].to(root_HH.dtype)[rows_X.to(root_HH.device)]
-    m_XH = w_XH @ root_HH * population.weight(expert) ** 0.5
-    if fit.metric == "input":
-        return m_XH
-    channels_J = dense.spec.channel_of_row().to(root_HH.device)
-    metric_JJ = output_metric(dense.w_out_EHI[expert], _slopes(dense, population, expert), channels_J, fit.ridge_metric)
-    root_XX = torch.linalg.cholesky(metric_JJ[rows_X][:, rows_X])
-    return root_XX.T.to(m_XH.dtype) @ m_XH
-
-
-def _input_spectrum(
-    dense: DenseExperts, population: Population, group: range, rows_X: Tensor, fit: Fit, rank: int | None = None
-) -> Spectrum:
-    root_HH = torch.linalg.cholesky(population.covariance(group, fit.ridge_in)).to(_work(dense))
-    stack = (_input_factor(dense, population, expert, rows_X, root_HH, fit) for expert in group)
-    spectrum = principal(stack, len(group) * len(rows_X), dense.spec.hidden, rank=rank)
-    if spectrum.vectors_HR is None:
-        return spectrum
-    basis_HR = torch.linalg.solve_triangular(root_HH.double().T, spectrum.vectors_HR, upper=True)
-    return Spectrum(spectrum.energy_M, basis_HR)
+def _input_spectra(
+    dense: DenseExperts, population: Population, group: range, shape: LatentShape, fit: Fit, rank: int | None = None
+) -> tuple[list[Spectrum], Tensor]:
+    """For each branch of one input group the spectrum, with basis columns [H,R] if a rank is given; its covariance."""
+    spec = dense.spec
+    covariance_HH = population.covariance(group, fit.ridge_in)
+    root_HH = cholesky(covariance_HH).to(_work(dense))
+    branches = branch_rows(spec, shape, root_HH.device)
+    stacked = len(group) * spec.rows // len(branches)
+    stacks = [Stack(stacked, spec.hidden, rank) for _ in branches]
+    late = stacked > 2 * spec.hidden  # one product with the root at the end costs less than one per expert
+    for expert in group:
+        w_JH = dense.w_in_EJH[expert].to(_work(dense))
+        w_JH = w_JH if late else w_JH @ root_HH
+        metric_JJ = _metric(dense, population, expert, fit) if fit.metric == "two-sided" else None
+        weight = population.weight(expert)
+        for stack, rows in zip(stacks, branches, strict=True):
+            if metric_JJ is None:
+                stack.add(w_JH[rows] * weight**0.5)
+            else:
+                stack.add(w_JH[rows], metric_JJ[rows][:, rows] * weight)
+    spectra = []
+    for stack in stacks:
+        if late:
+            stack.multiply(root_HH)
+        spectrum = stack.spectrum()
+        if spectrum.vectors_HR is not None:
+            basis_HR = torch.linalg.solve_triangular(root_HH.double().T, spectrum.vectors_HR, upper=True)
+            spectrum = Spectrum(spectrum.energy_M, basis_HR)
+        spectra.append(spectrum)
+    return spectra, covariance_HH
 
 
 def _fit_input(
-    dense: DenseExperts,
-    population: Population,
-    packed: Packed,
-    group: range,
-    rows_X: Tensor,
-    names: tuple[str, str],
-    fit: Fit,
+    dense: DenseExperts, population: Population, packed: Packed, group: range, layer_HH: Tensor, fit: Fit
 ) -> None:
-    """Basis of one input group, then the cores of its experts."""
-    shape = packed.shape
-    spectrum = _input_spectrum(dense, population, group, rows_X, fit, rank=shape.rank_in)
-    assert spectrum.vectors_HR is not None
-    b_RH = packed.set_basis(names[0], group.start // shape.input_group, spectrum.vectors_HR.T)
-    prior_HR = population.covariance(range(dense.spec.num_experts), fit.ridge_in).to(b_RH.dtype) @ b_RH.T
-    for expert in group:
-        w_XH = dense.w_in_EJH[expert].to(_work(dense))[rows_X.to(b_RH.device)]
-        own_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
-        packed.core(names[1], expert).copy_(refit_core(w_XH, b_RH, own_HR))
+    """Bases of one input group, then the cores of its experts; `layer_HH` is the layer's covariance."""
+    shape, work = packed.shape, _work(dense)
+    spectra, group_HH = _input_spectra(dense, population, group, shape, fit, shape.rank_in)
+    branches = zip(shape.branches(), branch_rows(dense.spec, shape, layer_HH.device), spectra, strict=True)
+    for (stem, core), rows, spectrum in branches:
+        assert spectrum.vectors_HR is not None
+        b_RH = packed.set_basis(stem, group.start // shape.input_group, spectrum.vectors_HR.T).to(work)
+        inverse_HR = right_inverse(b_RH)
+        prior_HR = (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T
+        for expert in group:
+            w_XH = dense.w_in_EJH[expert].to(work)[rows]
+            cb_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
+            packed.core(core, expert).copy_(refit_core(w_XH, b_RH, inverse_HR, cb_HR))
 
 
-def _output_factor(
+def _second(
     dense: DenseExperts, population: Population, expert: int, fit: Fit, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Second projection [H,I] of one expert, and its outputs' factor [I,H]: rows W Q^{1/2} of `basis`, transposed.
+    """Second projection [H,I] of one expert and the moments [I,I] float64 of what it reads, shrunk by `ridge_out`.
 
-    With `packed` (its input side fitted) the projection is refitted to the compressed intermediates, whose moments are Q.
+    With `packed` (its input side fitted) it reads the compressed intermediates, and is refitted to them.
     """
     w_HI = dense.w_out_EHI[expert].to(_work(dense))
     sample = population.sample(expert, dense.spec.intermediate)
     if sample is None:
-        gram_II = torch.eye(dense.spec.intermediate, dtype=torch.float64, device=w_HI.device)
-    else:
-        x_NH, p_N = sample[0].to(w_HI.dtype), sample[1]
-        z_NI = dense.intermediate(expert, x_NH)
-        if packed is not None:
-            bias_J = None if dense.bias_in_EJ is None else dense.bias_in_EJ[expert]
-            own_NI = dense.activate(packed.intermediate(expert, x_NH, bias_J))
-            gram_II = cross(own_NI, own_NI, p_N)
-            if fit.down:
-                w_HI = refit_down(w_HI, cross(z_NI, own_NI, p_N), gram_II, fit.ridge_out).to(w_HI.dtype)
+        return w_HI, torch.eye(dense.spec.intermediate, dtype=torch.float64, device=w_HI.device)
+    gram_II = torch.zeros(w_HI.shape[1], w_HI.shape[1], dtype=torch.float64, device=w_HI.device)
+    target_II = torch.zeros_like(gram_II) if packed is not None and fit.down else None
+    for rows_NH, p_N in sample:
+        x_NH = rows_NH.to(w_HI.dtype)
+        if packed is None:
+            own_NI = dense.intermediate(expert, x_NH)
         else:
-            gram_II = cross(z_NI, z_NI, p_N)
-    root_II = torch.linalg.cholesky(ridged(gram_II, fit.ridge_out)).to(w_HI.dtype)
-    return w_HI, (w_HI @ root_II).T * population.weight(expert) ** 0.5
+            own_NI = dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert)))
+        _add_cross(gram_II, own_NI, own_NI, p_N)
+        if target_II is not None:
+            _add_cross(target_II, dense.intermediate(expert, x_NH), own_NI, p_N)
+    if target_II is not None:
+        w_HI = refit_down(w_HI, target_II, gram_II, fit.ridge_out)
+    return w_HI, ridged(gram_II, fit.ridge_out)
 
 
 def _fit_output(dense: DenseExperts, population: Population, packed: Packed, group: range, fit: Fit) -> None:
     """Second projections refitted to the compressed intermediates, then one output group's basis and cores."""
     spec, rank = dense.spec, packed.shape.rank_out
-    refitted: dict[int, Tensor] = {}
-
-    def factors() -> Iterator[Tensor]:
-        for expert in group:
-            refitted[expert], factor_IH = _output_factor(dense, population, expert, fit, packed)
-            yield factor_IH
-
     if rank is None:
-        for _, expert in zip(factors(), group, strict=True):
-            packed.core("down", expert).copy_(refitted[expert])
+        for expert in group:
+            packed.core("down", expert).copy_(_second(dense, population, expert, fit, packed)[0])
         return
-    spectrum = principal(factors(), len(group) * spec.intermediate, spec.hidden, rank=rank)
-    assert spectrum.vectors_HR is not None
-    b_RH = packed.set_basis("decode", group.start // packed.shape.output_group, spectrum.vectors_HR.T)
+    second = {}
+    if fit.output == "combined" and isinstance(population, Calibrated):
+        second = {expert: _second(dense, population, expert, fit, packed)[0] for expert in group}
+        stack = Stack(len(population.x_TH), spec.hidden, rank)
+        stack.add(_routed_sum(dense, population, packed, second))
+    else:
+        stack = Stack(len(group) * spec.intermediate, spec.hidden, rank)
+        for expert in group:
+            second[expert], gram_II = _second(dense, population, expert, fit, packed)
+            stack.add(second[expert].T, gram_II * population.weight(expert))
+    vectors_HR = stack.spectrum().vectors_HR
+    assert vectors_HR is not None
+    b_RH = packed.set_basis("decode", group.start // packed.shape.output_group, vectors_HR.T).to(_work(dense))
+    inverse_HR = right_inverse(b_RH)
     for expert in group:
-        packed.core("down", expert).copy_(project(refitted[expert].T, b_RH).T)
+        packed.core("down", expert).copy_(inverse_HR.T @ second[expert])
 
 
-def _fit_combined_output(dense: DenseExperts, population: Calibrated, packed: Packed, fit: Fit) -> None:
-    """One output basis for the layer: principal subspace of the routed, summed outputs, cross terms between experts included.
+def _routed_sum(dense: DenseExperts, population: Calibrated, packed: Packed, second: dict[int, Tensor]) -> Tensor:
+    """[T,H]: summed routed outputs of the experts in `second` from compressed intermediates, over |h| and sqrt(T).
 
-    For any orthonormal basis D the error of the whole block is then exactly E|(I - D D^T) sum_k g_k y_k|^2 / |h|^2.
+    Cross terms between experts included: for any orthonormal output basis D the error of the whole group is then
+    exactly E|(I - D D^T) sum_k g_k y_k|^2 / |h|^2.
     """
-    spec, rank = dense.spec, packed.shape.rank_out
-    assert rank is not None
     y_TH = torch.zeros(population.x_TH.shape, dtype=_work(dense), device=dense.w_in_EJH.device)
-    refitted: list[Tensor] = []
-    for expert in range(spec.num_experts):
-        w_HI, _ = _output_factor(dense, population, expert, fit, packed)
-        refitted.append(w_HI)
-        tokens_N, slots_N = population.slots(expert)
-        bias_J = None if dense.bias_in_EJ is None else dense.bias_in_EJ[expert]
-        z_NI = dense.activate(packed.intermediate(expert, population.inputs(tokens_N).to(w_HI.dtype), bias_J))
-        gate_N1 = population.gate_TK.reshape(-1)[slots_N, None].to(y_TH)
-        y_TH.index_add_(0, tokens_N.to(y_TH.device), (z_NI @ w_HI.T) * gate_N1)
-    y_TH *= (population.token_T.to(y_TH) / len(y_TH)).sqrt()[:, None]
-    spectrum = principal([y_TH], len(y_TH), spec.hidden, rank=rank)
-    assert spectrum.vectors_HR is not None
-    b_RH = packed.set_basis("decode", 0, spectrum.vectors_HR.T)
-    for expert in range(spec.num_experts):
-        packed.core("down", expert).copy_(project(refitted[expert].T, b_RH).T)
+    for expert, w_HI in second.items():
+        for tokens_N, x_NH, gate_N in population.routed(expert):
+            z_NI = dense.activate(packed.intermediate(expert, x_NH.to(w_HI.dtype), _bias(dense, expert)))
+            y_TH.index_add_(0, tokens_N, (z_NI @ w_HI.T) * gate_N[:, None].to(y_TH))
+    return y_TH.mul_((population.token_T.to(y_TH) / max(1, len(y_TH))).sqrt()[:, None])
 
 
+@torch.no_grad()
 def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentShape, samples: Calibrated) -> LayerError:
-    """Difference of the routed outputs, dense against latent, on `samples`."""
+    """Difference of the routed outputs, dense against latent, on `samples`.
+
+    Args:
+        dense: weights, on the device of `samples`.
+        tensors: the latent module, as `solve_layer` returns it.
+        shape: the shape it was solved in.
+        samples: tokens with their routing, best ones that took no part in the fit.
+    """
     packed = Packed(dense.spec, shape, tensors)
     work = _work(dense)
     exact_TH = torch.zeros(samples.x_TH.shape, dtype=work, device=dense.w_in_EJH.device)
     change_TH = torch.zeros_like(exact_TH)
     for expert in range(dense.spec.num_experts):
-        tokens_N, slots_N = samples.slots(expert)
-        x_NH = samples.inputs(tokens_N).to(work)
-        gate_N1 = samples.gate_TK.reshape(-1)[slots_N, None].to(x_NH)
-        tokens_N = tokens_N.to(x_NH.device)
-        bias_J = None if dense.bias_in_EJ is None else dense.bias_in_EJ[expert]
-        y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
-        latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, bias_J)))
-        change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
-        if dense.bias_out_EH is not None:
-            y_NH = y_NH + dense.bias_out_EH[expert].to(work)
-        exact_TH.index_add_(0, tokens_N, y_NH * gate_N1)
-    change_T, exact_T = change_TH.double().square().sum(1), exact_TH.double().square().sum(1)
+        for tokens_N, rows_NH, gate_N in samples.routed(expert):
+            x_NH, gate_N1 = rows_NH.to(work), gate_N[:, None].to(work)
+            y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
+            latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert))))
+            change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
+            if dense.bias_out_EH is not None:
+                y_NH = y_NH + dense.bias_out_EH[expert].to(work)
+            exact_TH.index_add_(0, tokens_N, y_NH * gate_N1)
+    change_T, exact_T = (
+        torch.cat([part_NH.double().square().sum(1) for part_NH in y_TH.split(_BLOCK)]) for y_TH in (change_TH, exact_TH)
+    )
     relative = float(change_T.sum() / exact_T.sum().clamp_min(1e-300))
     return LayerError(float((change_T * samples.token_T.to(change_T)).mean()), relative, len(change_T))

@@ -1,7 +1,7 @@
 """Weighted second moments: what calibration leaves behind for the solver.
 
 Accumulated in float64, mergeable in any order, shrunk by a convex combination and never by an absolute epsilon.
-Shape suffixes: N rows of a sample, D features; the rest as in `molae_compress.tensors`.
+Shape suffixes: N rows of a sample, D and F features; the rest as in `molae_compress.tensors`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # rows per product: bounds the float32 error and the memory of one step
+_SINGULAR = 1e-14  # of the mean diagonal: a pivot this small is rounding
+_LIFTS = (0.0, 1e-8, 1e-6, 1e-4)  # of the mean diagonal: well above the rounding of float64 moments, then of float32 ones
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Moments:
 
     @classmethod
     def of(cls, x_ND: Tensor, w_N: Tensor) -> Moments:
-        """Moments of rows `x_ND` (any float dtype) with weights `w_N` >= 0."""
+        """Moments of rows `x_ND` (any float dtype) with weights `w_N` >= 0 on the same device."""
         return cls(cross(x_ND, x_ND, w_N), float(w_N.double().sum()), x_ND.shape[0])
 
     def merge(self, other: Moments) -> Moments:
@@ -55,25 +57,48 @@ class Moments:
 def cross(a_ND: Tensor, b_NF: Tensor, w_N: Tensor) -> Tensor:
     """[D,F] float64: sum over rows of w a b^T, multiplied in the dtype of `a` (at least float32), summed in float64."""
     work = torch.float64 if a_ND.dtype == torch.float64 else torch.float32
-    out_DF = torch.zeros(a_ND.shape[1], b_NF.shape[1], dtype=torch.float64, device=a_ND.device)
-    for start in range(0, a_ND.shape[0], _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        out_DF += ((a_ND[rows].to(work) * w_N[rows, None].to(work)).T @ b_NF[rows].to(work)).double()
+
+    def product(rows: slice) -> Tensor:
+        return ((a_ND[rows].to(work) * w_N[rows, None].to(work)).T @ b_NF[rows].to(work)).double()
+
+    out_DF = product(slice(0, _CHUNK))
+    for start in range(_CHUNK, a_ND.shape[0], _CHUNK):
+        out_DF += product(slice(start, start + _CHUNK))
     return out_DF
 
 
 def trust(count: int, size: int, shrinkage: float) -> float:
-    """Share a = n / (n + kappa D) that n rows of D features earn against their prior (algorithms: refit of rare experts)."""
+    """Share a = n / (n + kappa D) that the moments of n rows of D features earn against their prior."""
     if count == 0:
         return 0.0
     return count / (count + shrinkage * size)
 
 
 def ridged(c_DD: Tensor, share: float) -> Tensor:
-    """(1 - share) C + share tr(C)/D I: scale-free shrinkage towards the identity; positive definite for share > 0."""
-    size = c_DD.shape[0]
-    level = c_DD.diagonal().mean().clamp_min(torch.finfo(c_DD.dtype).tiny)
+    """(1 - share) C + share tr(C)/D I: scale-free shrinkage towards the identity, which stands in for a C of zero.
+
+    Returns:
+        [D,D] in the dtype of `c_DD`; positive definite for share > 0.
+    """
+    level = float(c_DD.diagonal().mean())
+    if level <= 0.0:
+        return torch.eye(len(c_DD), dtype=c_DD.dtype, device=c_DD.device)
     out_DD = c_DD * (1.0 - share)
     out_DD.diagonal().add_(share * level)
-    assert out_DD.shape == (size, size)
     return out_DD
+
+
+def cholesky(c_DD: Tensor) -> Tensor:
+    """[D,D] float64, lower: a factor of a symmetric positive semidefinite float64 matrix.
+
+    A singular one is lifted by a small multiple of its mean diagonal, so that what it divides stays bounded.
+    """
+    level = float(c_DD.diagonal().mean())
+    level = level if level > 0 else 1.0
+    for lift in _LIFTS:
+        lifted_DD = c_DD if lift == 0.0 else c_DD + lift * level * torch.eye(len(c_DD), dtype=c_DD.dtype).to(c_DD)
+        factor_DD: Tensor
+        factor_DD, info = torch.linalg.cholesky_ex(lifted_DD)
+        if not int(info) and float(factor_DD.diagonal().min()) ** 2 > _SINGULAR * level:
+            return factor_DD
+    raise AssertionError("not positive semidefinite, or not finite")

@@ -13,9 +13,12 @@ from molae_compress.solver.basis import interpolated, interpolative, orthonormal
 from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
 
 
-def branch_rows(spec: ExpertsSpec, shape: LatentShape) -> list[Tensor]:
-    """For each input branch the rows of the first projection it makes; in channel order for separate bases."""
-    return list(spec.gate_rows()) if shape.gate_up == "separate" else [torch.arange(spec.rows)]
+def branch_rows(spec: ExpertsSpec, shape: LatentShape, device: torch.device | str) -> list[Tensor | slice]:
+    """For each input branch, an index of the rows of the first projection it makes; channel order for separate bases."""
+    if shape.gate_up == "joint":
+        return [slice(None)]
+    assert spec.has_gate
+    return [rows_X.to(device) for rows_X in spec.gate_rows()]
 
 
 class Packed:
@@ -80,11 +83,16 @@ class Packed:
         self.tensors["decode_bias"].copy_(bias_out_EH)
 
     def intermediate(self, expert: int, x_NH: Tensor, bias_J: Tensor | None) -> Tensor:
-        """[N,J]: the first projection of the stored latent expert, before the activation."""
-        h_NJ = torch.zeros(x_NH.shape[0], self.spec.rows, dtype=x_NH.dtype, device=x_NH.device)
-        for (stem, core), rows_X in zip(self.shape.branches(), branch_rows(self.spec, self.shape), strict=True):
+        """[N,J] in the dtype of `x_NH`: the first projection of the stored latent expert, before the activation."""
+        parts = []
+        for stem, core in self.shape.branches():
             basis_RH = self.basis(stem, expert // self.shape.input_group, self.shape.rank_in).to(x_NH.dtype)
-            h_NJ[:, rows_X] = (x_NH @ basis_RH.T) @ self.core(core, expert).T.to(x_NH.dtype)
+            parts.append((x_NH @ basis_RH.T) @ self.core(core, expert).T.to(x_NH.dtype))
+        h_NJ = parts[0]
+        if len(parts) > 1:
+            h_NJ = torch.empty(len(x_NH), self.spec.rows, dtype=x_NH.dtype, device=x_NH.device)
+            for rows, part_NX in zip(branch_rows(self.spec, self.shape, x_NH.device), parts, strict=True):
+                h_NJ[:, rows] = part_NX
         return h_NJ if bias_J is None else h_NJ + bias_J.to(x_NH.dtype)
 
     def output(self, expert: int, z_NI: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Shape suffixes: N rows of one sample, P pool tokens; the rest as in `molae_compr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -19,7 +20,7 @@ from molae_compress.solver.moments import Moments, cross, ridged, trust
 
 Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
-_CHUNK = 16384  # tokens sent to the device at a time
+ROWS = 2048  # rows sent to the device at a time: bounds the memory of everything that is computed from them
 _LEAST_SHARE = 0.01  # an expert hardly seen still counts this share of the average one in its group's basis
 
 
@@ -35,13 +36,16 @@ class Population(Protocol):
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         """[H,R]: C B^T for the expert's own input covariance C, shrunk towards `prior_HR` = the layer's C B^T."""
 
-    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor] | None:
-        """Rows [N,H] and weights [N] (sum 1) that stand for the expert's inputs when `size` features are estimated."""
+    def sample(self, expert: int, size: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Rows [N,H] and weights [N] that stand for the expert's inputs when `size` features are estimated.
+
+        They come in parts of at most `ROWS` rows, all weights together of sum 1; None if nothing is known of any input.
+        """
 
 
 @dataclass(frozen=True)
 class Uninformed:
-    """No calibration data: all input directions alike, all experts alike."""
+    """No calibration data: all input directions alike, all experts alike. MoLAE's own setting (arXiv 2503.23100)."""
 
     num_experts: int
     hidden: int
@@ -124,25 +128,45 @@ class Calibrated:
 
     @cached_property
     def _weights_E(self) -> Tensor:
-        weights_E = torch.stack([self.rows(expert)[1].sum() for expert in range(self.num_experts)])
+        slots_S = self.index_TK.reshape(-1).clamp_max(self.num_experts)
+        weights_E = torch.zeros(self.num_experts + 1, dtype=torch.float64)
+        weights_E = weights_E.index_add_(0, slots_S, self.slot_weight_TK.reshape(-1))[: self.num_experts]
+        if not weights_E.any():
+            return torch.full_like(weights_E, 1.0 / self.num_experts)
         return weights_E.clamp_min(_LEAST_SHARE * weights_E.mean())
 
     @cached_property
     def layer_moments(self) -> Moments:
         """Input moments of the whole layer."""
-        moments = Moments.zeros(self.x_TH.shape[1], self.device)
         w_T = self.slot_weight_TK.sum(1)
-        for start in range(0, len(w_T), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            moments = moments.merge(Moments.of(self.x_TH[rows].to(self.device), w_T[rows].to(self.device)))
+        return self._moments(torch.arange(len(w_T)), w_T.to(self.device))
+
+    def _parts(self, index_N: Tensor, w_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs of some tokens beside their weights, at most `ROWS` at a time."""
+        for part_N, part_w_N in zip(index_N.split(ROWS), w_N.split(ROWS), strict=True):
+            yield self.inputs(part_N), part_w_N
+
+    def _moments(self, index_N: Tensor, w_N: Tensor) -> Moments:
+        moments = Moments.zeros(self.x_TH.shape[1], self.device)
+        for x_NH, part_w_N in self._parts(index_N, w_N):
+            moments = moments.merge(Moments.of(x_NH, part_w_N))
         return moments
+
+    def routed(self, expert: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Token indices [N], inputs [N,H] and routing weights [N] of an expert on the device, at most `ROWS` at a time."""
+        gate_S = self.gate_TK.reshape(-1)
+        for tokens_N, slots_N in zip(*(index_N.split(ROWS) for index_N in self.slots(expert)), strict=True):
+            yield tokens_N.to(self.device), self.inputs(tokens_N), gate_S[slots_N].to(self.device)
 
     @cached_property
     def _pool(self) -> tuple[Tensor, Tensor]:
+        """Evenly spaced token indices [P] of the layer, and their weights [P] (sum 1) on the device."""
         tokens = self.x_TH.shape[0]
-        step = max(1, tokens // _POOL_TOKENS)
-        index_P = torch.arange(0, tokens, step)[:_POOL_TOKENS]
-        return index_P, self.slot_weight_TK.sum(1)[index_P].to(self.device)
+        size = min(tokens, _POOL_TOKENS)
+        index_P = torch.arange(size) * tokens // max(1, size)
+        w_P = self.slot_weight_TK.sum(1)[index_P]
+        w_P = w_P if w_P.any() else torch.ones_like(w_P)
+        return index_P, (w_P / w_P.sum()).to(self.device)
 
     def weight(self, expert: int) -> float:
         """See `Population`; the summed weight of the expert's tokens."""
@@ -152,7 +176,7 @@ class Calibrated:
         if len(experts) == self.num_experts:
             return ridged(self.layer_moments.mean(), ridge)
         index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
-        own = Moments.of(self.inputs(index_N), w_N)
+        own = self._moments(index_N, w_N)
         share = self._share(index_N, w_N, self.x_TH.shape[1])
         return ridged(share * own.mean() + (1 - share) * self.layer_moments.mean(), ridge)
 
@@ -161,20 +185,25 @@ class Calibrated:
         share = self._share(index_N, w_N, self.x_TH.shape[1])
         if share == 0.0:
             return prior_HR
-        x_NH = self.inputs(index_N).to(b_RH.dtype)
-        p_N = w_N / w_N.sum()
-        level = (x_NH.double().square().mean(1) @ p_N).to(b_RH.dtype)
-        own_HR = (1 - ridge) * cross(x_NH, x_NH @ b_RH.T, p_N).to(b_RH.dtype) + ridge * level * b_RH.T
-        return share * own_HR + (1 - share) * prior_HR
+        sum_HR, level = torch.zeros(b_RH.T.shape, dtype=torch.float64, device=b_RH.device), 0.0
+        for rows_NH, p_N in self._parts(index_N, w_N / w_N.sum()):
+            x_NH = rows_NH.to(b_RH.dtype)
+            sum_HR += cross(x_NH, x_NH @ b_RH.T, p_N)
+            level += float(x_NH.square().mean(1).double() @ p_N)
+        own_HR = sum_HR.to(b_RH.dtype)
+        return share * ((1 - ridge) * own_HR + ridge * level * b_RH.T) + (1 - share) * prior_HR
 
     def _share(self, index_N: Tensor, w_N: Tensor, size: int) -> float:
         return trust(len(index_N), size, self.shrinkage) if float(w_N.sum()) > 0 else 0.0
 
-    def sample(self, expert: int, size: int) -> tuple[Tensor, Tensor]:
+    def sample(self, expert: int, size: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """See `Population`."""
         index_N, w_N = self.rows(expert)
+        index_P, p_P = self._pool
         share = self._share(index_N, w_N, size)
+        if share == 0.0:
+            return self._parts(index_P, p_P) if len(index_P) else None
+        p_N = w_N / w_N.sum()
         if share == 1.0:
-            return self.inputs(index_N), w_N / w_N.sum()
-        index_P, w_P = self._pool
-        own_N = share * w_N / w_N.sum() if share > 0 else torch.zeros_like(w_N)
-        return self.inputs(torch.cat([index_N, index_P])), torch.cat([own_N, (1 - share) * w_P / w_P.sum()])
+            return self._parts(index_N, p_N)
+        return self._parts(torch.cat([index_N, index_P]), torch.cat([share * p_N, (1 - share) * p_P]))

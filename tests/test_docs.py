@@ -1,0 +1,245 @@
+"""README and documentation against the code: figures, commands, flags, messages, links and examples."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from molae_compress.cli import main
+from molae_compress.tensors import ExpertsSpec, LatentShape
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results" / "quality-pocket-moe.json"
+FENCE = re.compile(
+    r"(?P<mark><!-- tested -->\n)?^(?P<indent> *)```(?P<kind>\w+)\n(?P<code>.*?)^(?P=indent)```$",
+    re.DOTALL | re.MULTILINE,
+)
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, kind: str) -> Iterator[tuple[str, bool]]:
+    """Code blocks of one kind, and whether they are marked as tested."""
+    for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+        if match["kind"] == kind:
+            yield match["code"], match["mark"] is not None
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every shell command of the page's code blocks, as words, comments left out."""
+    lines = [line for code, _ in blocks(page, "bash") for line in code.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def script(name: str) -> ModuleType:
+    """A script of `benchmarks`, imported without running it."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return content
+
+
+def options(command: click.Command) -> set[str]:
+    return {"--help", *(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts))}
+
+
+def all_options(command: click.Command) -> set[str]:
+    inside = command.commands.values() if isinstance(command, click.Group) else ()
+    return options(command).union(*(all_options(child) for child in inside))
+
+
+def verb(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that `molae-compress WORDS` runs, and the words left for it."""
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def test_the_table_and_the_picture_show_the_results(results: dict[str, Any]) -> None:
+    plot = script("plot")
+    assert plot.table(results) in README.read_text(encoding="utf-8"), "run `python benchmarks/plot.py`"
+    assert plot.fingerprint(results) in plot.PICTURE.read_text(encoding="utf-8"), "run `python benchmarks/plot.py`"
+
+
+def test_the_results_are_of_one_whole_run_on_what_the_repository_holds(results: dict[str, Any]) -> None:
+    quality = script("quality")
+    assert (ROOT / results["model"] / "config.json").exists()
+    sources = results["protocol"]["calibration"] + results["protocol"]["evaluate"]
+    assert sources == ["python-docs:calibration", "python-docs:heldout"]
+    found = [(row["keep"], row["method"]) for row in results["rows"]]
+    assert found == [(keep, method) for keep in (0.75, 0.6, 0.5) for method in quality.METHODS]
+    assert all("impossible" in row or row["share"] <= row["keep"] for row in results["rows"])
+
+
+def test_kl_is_what_the_page_says_of_err_h(results: dict[str, Any]) -> None:
+    assert all(1 <= row["kl"] / row["err_h"] <= 3.5 for row in results["rows"] if "kl" in row)
+
+
+def test_every_benchmark_is_described() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"`{path.name}`" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_results_are_those_of_the_code(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["quality.py"])
+    quality = script("quality")
+    study = quality.Study(quality.parsed())
+    if study.text != results["protocol"]["text_sha256"]:
+        pytest.skip("this Python carries another help text than the one measured on")
+    for method in ("paper", "quality"):
+        [row] = [row for row in results["rows"] if (row["method"], row["keep"]) == (method, 0.6)]
+        assert study.cell(method, 0.6)["kl"] == pytest.approx(row["kl"], rel=0.05), "run `python benchmarks/quality.py`"
+
+
+@pages
+def test_every_command_and_flag_exists(page: Path) -> None:
+    for words in commands(page):
+        if words[0] == "molae-compress":
+            command, rest = verb(words[1:])
+            flags = {word for word in rest if word.startswith("-")}
+            assert not isinstance(command, click.Group), words
+            assert flags <= options(command), words
+        elif words[0] == "make":
+            targets = {word for word in words[1:] if "=" not in word}
+            assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        elif words[0] == "python" and words[1].endswith(".py"):
+            source = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+    known = all_options(main)
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    for _, span in CODE_SPAN.findall(prose(page)):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span):
+            assert flag in known or (page.parent.name == "benchmarks" and f'"{flag}"' in scripts) or flag == "--help", span
+
+
+@pages
+def test_every_key_path_of_a_recipe_exists(page: Path) -> None:
+    from molae_compress.recipe.sections import SECTIONS
+
+    for _, span in CODE_SPAN.findall(prose(page)):
+        for place, key in re.findall(rf"(?<![\w./])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![.…])", span):
+            assert key in SECTIONS[place].model_fields, span
+
+
+@pages
+def test_every_internal_link_resolves(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", CODE_SPAN.sub("", prose(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, target
+
+
+def messages() -> str:
+    """Every text in the package, one a line, with … for what is filled in."""
+    found: list[str] = []
+    for path in sorted((ROOT / "molae_compress").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_every_message_quoted_is_one_of_ours() -> None:
+    ours = messages()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        span.strip()
+        for line in text.splitlines()
+        if line.startswith("- `")
+        for _, span in CODE_SPAN.findall(line)
+        if "…" in span or span.endswith(".")
+    ]
+    assert len(quoted) > 30
+    assert [message for message in quoted if message not in ours] == []
+
+
+def test_the_format_page_names_every_tensor() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    names: set[str] = set()
+    for has_gate, has_bias in ((True, True), (False, False)):
+        spec = ExpertsSpec("experts", 0, 4, 8, 8, has_gate=has_gate, has_bias=has_bias)
+        names |= LatentShape("layer", 8, 8, 4, 4).tensors(spec).keys()
+        names |= LatentShape("grouped", 2, 2, 2, 1, storage="interpolative").tensors(spec).keys()
+    names |= {"encode_gate", "encode_up", "core.gate", "core.up"}
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The top of a repository in which the quickstart takes a second: the same model, hardly any text."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "recipes").mkdir()
+    recipe = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipe = re.sub(r"samples: \d+", "samples: 4", recipe)
+    recipe = re.sub(r"sequence_length: \d+", "sequence_length: 64", recipe)
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_as_written(page: Path) -> int:
+    """Runs the commands and the tested Python blocks of a page from top to bottom; returns how many there were."""
+    count = 0
+    for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+        if match["kind"] == "bash":
+            for line in match["code"].splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["molae-compress"]:
+                    done = CliRunner().invoke(main, words[1:])
+                    assert done.exit_code == 0, f"{line}\n{done.output}"
+                    count += 1
+        elif match["mark"] is not None:
+            exec(compile(match["code"], str(page), "exec"), {})
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/api.md"])
+def test_examples_run_as_written(name: str, clone: Path) -> None:
+    torch.manual_seed(0)
+    assert run_as_written(ROOT / name) > 0
+    assert os.listdir(clone / "build")
