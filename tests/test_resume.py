@@ -167,14 +167,19 @@ def test_killed_again_and_again_it_still_ends_with_the_same_files(
     assert molae.verify(out).passed
 
 
-def killed_while_solving(recipe: Recipe, out: Path, **options: Any) -> None:
-    """Leaves a work directory with all layers observed and one of two solved."""
+def killer(stage: str, done: int) -> Callable[[str, int, int], None]:
+    """Progress callback that kills its own process when a stage has come so far."""
 
-    def after_the_first(stage: str, done: int, _: int) -> None:
-        if (stage, done) == ("solve", 1):
+    def progress(*event: Any) -> None:
+        if event[:2] == (stage, done):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert dies(lambda: molae.run(recipe, out, progress=after_the_first, **options))
+    return progress
+
+
+def killed_while_solving(recipe: Recipe, out: Path, **options: Any) -> None:
+    """Leaves a work directory with all layers observed and one of two solved."""
+    assert dies(lambda: molae.run(recipe, out, progress=killer("solve", 1), **options))
 
 
 def test_another_budget_does_not_resume_silently(
@@ -315,6 +320,19 @@ def test_a_finished_output_of_other_weights_is_not_returned(own_checkpoint: Chec
     molae.run(recipe_for(source), out, fresh=True)
     after = tensors_in(out)
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_a_killed_replacement_leaves_the_old_result(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen3_moe"), tmp_path / "out"
+    old, _ = undisturbed(recipe_for(source), out)
+    other = recipe_for(source, "budget.keep=0.5")
+    new, _ = undisturbed(other, tmp_path / "calm")
+    for moment in (("solve", 1), ("write", 0), ("write", 1)):
+        assert dies(lambda: molae.run(other, out, fresh=True, progress=killer(*moment)))  # noqa: B023
+        assert same_every_time(out) == old
+    molae.run(other, out, fresh=True)
+    assert same_every_time(out) == new
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
 
 
 def test_a_gate_that_failed_fails_again(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
