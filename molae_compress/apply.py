@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from molae_compress.artifact import check_names, is_artifact, replaced_keys, write_companions, write_weights
-from molae_compress.budget import Shapes, shapes_for
-from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
+from molae_compress.budget import Shapes
+from molae_compress.calibration.text import data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.checkpoint import (
     WorkDirectory,
     check_free_space,
@@ -34,6 +34,7 @@ from molae_compress.evaluation import Evaluation, evaluate
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.recipe import Recipe
+from molae_compress.recipe.files import format_size
 from molae_compress.recipe.sections import Calibration, Evaluate
 from molae_compress.report import Report, file_hashes, model_card
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
@@ -54,7 +55,7 @@ def plan(
         RecipeError, ModelError, CheckpointError: whatever `run` would refuse before it reads a weight.
     """
     job = _Job.open(Recipe.load(recipe), device, max_memory, trust_remote_code)
-    return job.plan(job.expected_shapes(), measured=not job.run.needs_spectra())
+    return job.plan(job.run.expected_shapes(job.copied_bytes()), measured=not job.run.needs_spectra())
 
 
 def run(
@@ -94,7 +95,7 @@ def run(
     check_output_folder(out, ours=is_artifact)
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
     job.run.progress = progress or silent
-    expected = job.expected_shapes()
+    expected = job.run.expected_shapes(job.copied_bytes())
     check_names(job.source.keys, job.source.specs, expected)
     replaced_keys(job.source, expected)
     job.read_texts()
@@ -106,6 +107,7 @@ def run(
     _check_room(out, path, job.plan(expected, measured=False))
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
         job.run.work = work
+        job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
         with job.timed("observe"):
             shapes = job.run.shapes(job.copied_bytes())
         with job.timed("solve"):
@@ -113,22 +115,28 @@ def run(
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk
         # and named after that directory, whose lock so covers it
         staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            report = job.write(staging, shapes)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)  # gives its space back, which may be what is missing
-            raise
-        replaced = staging.with_suffix(".replaced")
-        if is_artifact(out):
-            out.rename(replaced)
-        publish(staging, out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        report = _put_at(out, staging, lambda: job.write(staging, shapes))
         if work_dir is None:
             work.remove()
         else:
             work.discard(SOLVE)
     _check_gate(recipe, report)
+    return report
+
+
+def _put_at(out: Path, staging: Path, write: Callable[[], Report]) -> Report:
+    """Writes a new folder and moves it to its place, where an earlier artifact stays until then."""
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        report = write()
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # gives its space back, which may be what is missing
+        raise
+    replaced = staging.with_suffix(".replaced")
+    if is_artifact(out):
+        out.rename(replaced)
+    publish(staging, out)
+    shutil.rmtree(replaced, ignore_errors=True)
     return report
 
 
@@ -142,6 +150,7 @@ class _Job:
     trust_remote_code: bool
     started: float = field(default_factory=time.monotonic)
     data_sha256: str = ""
+    resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -157,7 +166,8 @@ class _Job:
         target = recipe.budget.target_size
         if target is not None and source.nbytes() <= target:
             raise RecipeError(
-                f"`budget.target_size: {target}` is not below the {source.nbytes()} bytes that the model has already.",
+                f"`budget.target_size: {format_size(target)}` is not below the {source.nbytes():,} bytes that the model has "
+                "already.",
                 remedy="Give a smaller size.",
             )
         limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
@@ -172,22 +182,24 @@ class _Job:
                     "`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out."
                 )
             texts = read_texts(calibration.data, calibration.column)
-            self.run.windows_NL = self._windows(texts, calibration, calibration.seed)
+            self.run.windows_NL = self._windows(texts, calibration.data, calibration, calibration.seed)
             self.data_sha256 = data_fingerprint(texts)
         if held_out is not None:
-            self._windows(read_texts(held_out.data, held_out.column), held_out, None)
+            self._windows(read_texts(held_out.data, held_out.column), held_out.data, held_out, None)
 
-    def _windows(self, texts: list[list[str]], section: Calibration | Evaluate, seed: int | None) -> Tensor:
-        tokenizer = load_tokenizer(self.source.folder, trust_remote_code=self.trust_remote_code)
-        length = section.sequence_length
-        windows_NL = token_windows(texts, tokenizer, samples=section.samples, sequence_length=length, seed=seed)
+    def _windows(
+        self, texts: list[list[str]], names: Sequence[str], section: Calibration | Evaluate, seed: int | None
+    ) -> Tensor:
+        windows_NL = token_windows(
+            texts,
+            load_tokenizer(self.source.folder, trust_remote_code=self.trust_remote_code),
+            samples=section.samples,
+            sequence_length=section.sequence_length,
+            seed=seed,
+            names=names,
+        )
         check_tokens(windows_NL, self.source.vocabulary)
         return windows_NL
-
-    def expected_shapes(self) -> Shapes:
-        """Shapes known before anything is measured: final ones, or those of a uniform budget."""
-        dtypes = {spec.name: self.run.dtype(spec) for spec in self.run.specs}
-        return shapes_for(self.recipe, self.run.specs, dtypes=dtypes, copied_bytes=self.copied_bytes())
 
     def copied_bytes(self) -> int:
         """Bytes of the checkpoint that no experts module of the recipe replaces."""
@@ -202,12 +214,12 @@ class _Job:
         """Everything the items of each stage follow from, for the work directory."""
         config = (self.source.folder / "config.json").read_bytes()
         windows_NL = self.run.windows_NL
-        tokens = b"" if windows_NL is None else windows_NL.numpy().tobytes()
         base = {
             "source": self.source.checkpoint.fingerprint(),
             "config": hashlib.sha256(config).hexdigest(),
             "calibration text": self.data_sha256,
-            "calibration tokens": hashlib.sha256(tokens).hexdigest(),  # another tokenizer makes others of the same text
+            # another tokenizer makes others of the same text
+            "calibration tokens": token_fingerprint(windows_NL) if windows_NL is not None else "",
             "molae_compress": installed_version(),
             "torch": torch.__version__,
             "device": self.source.device.type,
@@ -253,6 +265,7 @@ class _Job:
             evaluation=evaluation,
             source_fingerprint=self.source.checkpoint.fingerprint(),
             unknown=self.source.keys.unknown,
+            resumed=self.resumed,
         )
         report = replace(report, inputs=self.stage_inputs()[SOLVE])
         base_card = self.source.folder / "README.md"

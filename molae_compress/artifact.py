@@ -28,6 +28,7 @@ from molae_compress.errors import ModelError
 from molae_compress.modeling.quantizer import MolaeConfig
 from molae_compress.recipe import Recipe
 from molae_compress.report.report import FILE_NAME as REPORT
+from molae_compress.report.report import RECIPE
 from molae_compress.source import DiskSource
 from molae_compress.tensors import ExpertsSpec
 
@@ -107,7 +108,7 @@ def write_companions(folder: Path, source: DiskSource, shapes: Shapes, recipe: R
     if entries:
         config["quantization_config"] = MolaeConfig(modules=entries).to_dict()
     write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    write_file(folder / "recipe.yaml", recipe.dump().encode())
+    write_file(folder / RECIPE, recipe.dump().encode())
 
 
 def is_artifact(folder: Path) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from molae_compress.errors import RecipeError
+from molae_compress.errors import RecipeError, human_bytes
 from molae_compress.recipe import Recipe
+from molae_compress.recipe.files import format_size
 from molae_compress.solver.allocate import Curve, allocate, tail_errors
 from molae_compress.solver.layer import LayerSpectra
 from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
@@ -149,6 +150,7 @@ def shapes_for(
     specs: Sequence[ExpertsSpec],
     *,
     dtypes: Mapping[str, torch.dtype],
+    dense_bytes: Mapping[str, int],
     copied_bytes: int = 0,
     spectra: Mapping[str, LayerSpectra] | None = None,
 ) -> Shapes:
@@ -157,15 +159,40 @@ def shapes_for(
     Args:
         specs: the modules to compress.
         dtypes: stored precision of the latent tensors, by module name.
+        dense_bytes: what the modules take in the checkpoint, by name.
         copied_bytes: bytes of everything that is copied, for `budget.target_size`.
         spectra: measured energies by module; without them every module and side keeps the same share.
 
     Raises:
-        RecipeError: a rank that does not fit or does not save anything, a budget too small for rank 1.
+        RecipeError: a rank that does not fit or does not save anything, a budget too small for rank 1, or latent experts
+            that take more bytes than the dense ones.
     """
+    rank = recipe.budget.rank
+    if rank is not None:
+        shapes: Shapes = {spec.name: _fixed_rank(spec, template(recipe, spec), rank) for spec in specs}
+    else:
+        shapes = _within_budget(recipe, specs, dtypes, copied_bytes, spectra)
+    latent = [spec for spec in specs if shapes[spec.name] is not None]
+    before = sum(dense_bytes[spec.name] for spec in latent)
+    after = sum(shape.nbytes(spec, dtypes[spec.name]) for spec in latent if (shape := shapes[spec.name]) is not None)
+    if after > before and rank != "full":
+        raise RecipeError(
+            f"The compressed experts would take {human_bytes(after)}, more than the {human_bytes(before)} of the original.",
+            why=f"`output.dtype: {recipe.output.dtype}` is wider than what the checkpoint holds.",
+            remedy="Use `output.dtype: auto`, or a smaller budget.",
+        )
+    return shapes
+
+
+def _within_budget(
+    recipe: Recipe,
+    specs: Sequence[ExpertsSpec],
+    dtypes: Mapping[str, torch.dtype],
+    copied_bytes: int,
+    spectra: Mapping[str, LayerSpectra] | None,
+) -> Shapes:
+    """Ranks chosen under `budget.keep` or `budget.target_size`; see `shapes_for`."""
     budget = recipe.budget
-    if budget.rank is not None:
-        return {spec.name: _fixed_rank(spec, template(recipe, spec), budget.rank) for spec in specs}
     if budget.keep == 1.0:
         raise RecipeError(
             "`budget.keep: 1.0` leaves nothing to compress.",
@@ -173,23 +200,45 @@ def shapes_for(
         )
     in_bytes = budget.target_size is not None
     modules = [_Module.of(recipe, spec, dtypes[spec.name] if in_bytes else None) for spec in specs]
-    if budget.target_size is not None:
-        amount = budget.target_size - copied_bytes
-    else:
-        amount = int((budget.keep or 0.6) * sum(spec.dense_numel for spec in specs))
-    amount -= sum(module.fixed for module in modules)
+    dense = sum(spec.dense_numel for spec in specs)
+    amount = budget.target_size - copied_bytes if budget.target_size is not None else int((budget.keep or 0.6) * dense)
+    fixed = sum(module.fixed for module in modules)
+    amount -= fixed
     if spectra is None or budget.allocate == "uniform":
         ranks = _uniform(modules, amount)
     else:
         ranks = _by_spectrum(recipe, modules, [spectra[spec.name] for spec in specs], amount)
     if ranks is None:
+        sides = [side for module in modules for side in module.sides]
+        least = fixed + sum(side.costs[0] for side in sides)
+        asked = f"target_size: {format_size(budget.target_size)}" if budget.target_size else f"keep: {budget.keep}"
+        needed = human_bytes(copied_bytes + least) if in_bytes else f"a share of {least / dense:.3f}"
+        smaller = "lower `budget.align`, " if max(side.ranks[0] for side in sides) > 1 else ""
         raise RecipeError(
-            f"`budget.{f'target_size: {budget.target_size}' if in_bytes else f'keep: {budget.keep}'}` is too small: "
-            "even the lowest ranks do not fit.",
+            f"`budget.{asked}` is too small: the lowest ranks need {needed}.",
             why="Copied tensors, biases and a down projection left dense count too." if amount <= 0 else "",
-            remedy="Raise the budget, or lower `budget.align`.",
+            remedy=f"Raise it, {smaller}or share bases over larger groups of experts.",
         )
     return {module.spec.name: module.at(chosen) for module, chosen in zip(modules, ranks, strict=True)}
+
+
+def most_bytes(
+    recipe: Recipe, specs: Sequence[ExpertsSpec], dtypes: Mapping[str, torch.dtype], copied_bytes: int
+) -> int | None:
+    """What latent experts may take under the budget, whatever their ranks; None if ranks are given."""
+    budget = recipe.budget
+    if budget.target_size is not None:
+        return budget.target_size - copied_bytes
+    if budget.keep is None:
+        return None
+    widths = [dtypes[spec.name].itemsize for spec in specs]
+    pivots = 0
+    for spec in specs:
+        shape = template(recipe, spec)
+        tensors = _ranked(shape, *full_ranks(spec, shape)).tensors(spec)
+        pivots += sum(torch.Size(size).numel() for name, size in tensors.items() if name.endswith(".pivots"))
+    numbers = int(budget.keep * sum(spec.dense_numel for spec in specs))
+    return numbers * max(widths) + pivots * max(0, PIVOT_DTYPE.itemsize - min(widths))
 
 
 def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> LatentShape:

@@ -105,9 +105,21 @@ class Run:
 
     def shapes(self, copied_bytes: int = 0) -> Shapes:
         """Ranks of all modules under the budget; measures spectra first if the recipe asks for it."""
-        spectra = self.observe_layers() if self.needs_spectra() else None
-        dtypes = {spec.name: self.dtype(spec) for spec in self.specs}
-        return shapes_for(self.recipe, self.specs, dtypes=dtypes, copied_bytes=copied_bytes, spectra=spectra)
+        return self._shapes_for(copied_bytes, self.observe_layers() if self.needs_spectra() else None)
+
+    def expected_shapes(self, copied_bytes: int = 0) -> Shapes:
+        """Shapes known before anything is measured: final ones, or those of a uniform budget."""
+        return self._shapes_for(copied_bytes, None)
+
+    def _shapes_for(self, copied_bytes: int, spectra: Mapping[str, LayerSpectra] | None) -> Shapes:
+        return shapes_for(
+            self.recipe,
+            self.specs,
+            dtypes={spec.name: self.dtype(spec) for spec in self.specs},
+            dense_bytes={spec.name: self.source.expert_bytes(spec) for spec in self.specs},
+            copied_bytes=copied_bytes,
+            spectra=spectra,
+        )
 
     def observe_layers(self) -> dict[str, LayerSpectra]:
         """First pass: how the error of every layer and side falls with rank."""

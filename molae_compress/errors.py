@@ -7,6 +7,14 @@ holds the offending value. `assert` is used in this package for invariants of ou
 from __future__ import annotations
 
 
+def human_bytes(count: int) -> str:
+    """`12.34 GB`, in powers of 1000: sizes as messages and tables show them."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
 class MolaeError(Exception):
     """Base of all errors that a user can meet.
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.adapters.keys import KeyMap
 from molae_compress.artifact import check_names
-from molae_compress.calibration.text import as_windows, read_texts, token_windows
+from molae_compress.calibration.text import as_windows, data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
-from molae_compress.modeling.quantizer import attach_
+from molae_compress.modeling.quantizer import attach_, check_attachable
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
 from molae_compress.source import LiveSource, check_tokens, load_tokenizer
@@ -55,7 +55,10 @@ def compress_(
     if data is not None and recipe.calibration is None:
         raise RecipeError("There is calibration data, but the recipe is data-free.", remedy="Add a `calibration` section.")
     started = time.monotonic()
-    run = Run(recipe, LiveSource.of(model), _windows(recipe, model, data, tokenizer), progress=progress or silent)
+    source = LiveSource.of(model)
+    check_attachable(model, [spec.name for spec in source.specs])
+    windows_NL, data_sha256 = _windows(recipe, model, data, tokenizer)
+    run = Run(recipe, source, windows_NL, progress=progress or silent)
     was_training = model.training
     model.eval()
     try:
@@ -64,7 +67,8 @@ def compress_(
         run.solve_layers(shapes)
     finally:
         model.train(was_training)
-    report = summarise(run, shapes, model=model.name_or_path or None, timings={"total": time.monotonic() - started})
+    timings = {"total": time.monotonic() - started}
+    report = summarise(run, shapes, model=model.name_or_path or None, timings=timings, data_sha256=data_sha256)
     solved = {name: shape for name, shape in shapes.items() if shape is not None}
     attach_(model, {name: (shape, run.finished[name].tensors) for name, shape in solved.items()})
     return report
@@ -75,10 +79,11 @@ def _windows(
     model: PreTrainedModel,
     data: Sequence[str] | Tensor | None,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> Tensor | None:
+) -> tuple[Tensor | None, str]:
+    """Calibration tokens, and the sha256 of the text (of the token ids where these were handed over)."""
     section = recipe.calibration
     if section is None:
-        return None
+        return None, ""
     if data is None and section.data is None:
         raise DataError("There is no calibration data.", remedy="Pass `data`, or leave `calibration` out of the recipe.")
     if tokenizer is None and not isinstance(data, Tensor):
@@ -92,10 +97,12 @@ def _windows(
     }
     if data is not None:
         windows_NL = as_windows(data, tokenizer, **settings)
+        sha256 = data_fingerprint([data]) if not isinstance(data, Tensor) else token_fingerprint(windows_NL)
     else:
         assert section.data is not None
         assert tokenizer is not None
-        windows_NL = token_windows(read_texts(section.data, section.column), tokenizer, **settings)
+        texts = read_texts(section.data, section.column)
+        windows_NL, sha256 = token_windows(texts, tokenizer, **settings, names=section.data), data_fingerprint(texts)
     embedding: Any = model.get_input_embeddings()
     check_tokens(windows_NL, embedding.weight.shape[0])
-    return windows_NL
+    return windows_NL, sha256

@@ -1,7 +1,7 @@
 """Plan: what a recipe will do to a model, from its config and the headers of its files, before any weight is read.
 
 Sizes are exact. Where ranks follow from spectra that only calibration can measure, the plan shows the ranks of a uniform
-budget and says so; the total it shows is the one the measured ranks will keep to.
+budget and says so, with the total that the measured ranks will keep to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from molae_compress.budget import Shapes
+from molae_compress.errors import human_bytes
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import ExpertsSpec, LatentShape
 
@@ -50,6 +51,8 @@ class Plan:
         model: folder or hub id; None for a model in memory without a name.
         layers: one entry for every routed-experts module of the model.
         source_bytes, artifact_bytes: tensor bytes of the checkpoint (quantised weights as they are read) and of the result.
+        limit_bytes: what the result takes at most; more than `artifact_bytes` where measured ranks may spend what the steps
+            of uniform ones leave of the budget.
         stored_bytes: what the tensors of the checkpoint take in its files, if weights in them are quantised.
         measured: the ranks follow from measured spectra (or from no spectra at all) and are final.
         memory_bytes: upper estimate of the memory of a run: layer, ends of the model (embedding and head), experts, the
@@ -63,6 +66,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     source_bytes: int
     artifact_bytes: int
+    limit_bytes: int
     measured: bool
     memory_bytes: int
     activation_bytes: int
@@ -80,6 +84,15 @@ class Plan:
         """Numbers in the routed experts after."""
         return sum(layer.parameters for layer in self.layers)
 
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader should know before running it, one sentence each."""
+        if self.stored_bytes is None or self.limit_bytes <= self.stored_bytes:
+            return ()
+        return (
+            f"The result takes {human_bytes(self.limit_bytes)}, more than the {human_bytes(self.stored_bytes)} of the "
+            "quantised original: its tensors are not quantised.",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
         return {**asdict(self), "dense_parameters": self.dense_parameters, "parameters": self.parameters}
@@ -96,25 +109,23 @@ class Plan:
             lines.append(
                 f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
             )
-        packed = f" ({_size(self.stored_bytes)} quantised)" if self.stored_bytes is not None else ""
+        packed = f" ({human_bytes(self.stored_bytes)} quantised)" if self.stored_bytes is not None else ""
         lines += [
             "",
             f"routed experts  {self.dense_parameters:,} -> {self.parameters:,} parameters "
             f"({self.parameters / self.dense_parameters:.4f} kept)",
-            f"checkpoint      {_size(self.source_bytes)}{packed} -> {_size(self.artifact_bytes)}",
-            f"of the run      memory up to {_size(self.memory_bytes)}, of which activations "
-            f"{_size(self.activation_bytes)}; free disk {_size(self.disk_bytes)}; {self.tokens:,} calibration tokens",
+            f"checkpoint      {human_bytes(self.source_bytes)}{packed} -> {human_bytes(self.artifact_bytes)}",
+            f"of the run      memory up to {human_bytes(self.memory_bytes)}, of which activations "
+            f"{human_bytes(self.activation_bytes)}; free disk {human_bytes(self.disk_bytes)}; "
+            f"{self.tokens:,} calibration tokens",
         ]
         if not self.measured:
-            lines.append("ranks shown are those of a uniform budget; calibration will move them within the same total")
+            lines.append(
+                "ranks shown are those of a uniform budget; calibration will move them within "
+                f"{human_bytes(self.limit_bytes)} for the whole"
+            )
+        lines += [f"warning: {warning}" for warning in self.warnings()]
         return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"
 
 
 def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
@@ -174,6 +185,7 @@ def make_plan(
     largest_layer_bytes: int,
     tokens: int,
     measured: bool,
+    most_bytes: int | None = None,
     stored_bytes: int | None = None,
     ends_bytes: int = 0,
     evaluated: bool = False,
@@ -185,12 +197,13 @@ def make_plan(
         model: folder or hub id.
         specs: all of its routed-experts modules.
         shapes: of those that are compressed.
-        dense_dtypes: type of the checkpoint, by module.
+        dense_bytes: of the checkpoint's tensors, by module.
         dtypes: type of the latent tensors, by module.
         source_bytes: tensors of the checkpoint.
         largest_layer_bytes: one decoder layer without its experts in float32.
         tokens: calibration tokens.
         measured: see `Plan`.
+        most_bytes: what the latent modules may take in all within the budget, if their ranks are not final.
         ends_bytes: what comes before and after the decoder layers (embedding, last norm, head), in float32.
         evaluated: the result is compared with the original at the end.
         memory_limit: activations above it are spilled to disk; None is no limit.
@@ -205,6 +218,9 @@ def make_plan(
     experts = max(layer.dense_bytes for layer in layers)
     latent = max(layer.bytes for layer in layers)
     artifact = source_bytes + sum(layer.bytes - layer.dense_bytes for layer in layers)
+    limit = artifact
+    if not measured and most_bytes is not None:
+        limit += max(0, most_bytes - sum(layer.bytes for layer in layers if layer.shape is not None))
     # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
     working = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
     # the ends of both models at once
@@ -214,10 +230,11 @@ def make_plan(
         layers=layers,
         source_bytes=source_bytes,
         artifact_bytes=artifact,
+        limit_bytes=limit,
         measured=measured,
         memory_bytes=largest_layer_bytes + ends_bytes + max(working + held, compared),
         activation_bytes=activations,
-        disk_bytes=2 * artifact + 2 * activations,  # finished layers and the artifact; streams of two layers
+        disk_bytes=2 * limit + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,
         stored_bytes=stored_bytes,
     )

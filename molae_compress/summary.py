@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from molae_compress.budget import Shapes
+from molae_compress.budget import Shapes, most_bytes
 from molae_compress.compress import Run
 from molae_compress.evaluation import Evaluation
 from molae_compress.layouts import LAYER_NUMBER, weight_names
@@ -29,16 +29,20 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         elif name not in experts:
             layer = name[: number.end()]
             by_layer[layer] = by_layer.get(layer, 0) + 4 * tensor.numel()
+    compressed = [spec for spec in source.specs if spec.name in shapes]
+    dtypes = {spec.name: run.dtype(spec) for spec in source.specs}
+    copied = source.nbytes() - sum(source.expert_bytes(spec) for spec in compressed)
     return make_plan(
         model,
         source.specs,
         shapes,
         dense_bytes={spec.name: source.expert_bytes(spec) for spec in source.specs},
-        dtypes={spec.name: run.dtype(spec) for spec in source.specs},
+        dtypes=dtypes,
         source_bytes=source.nbytes(),
         largest_layer_bytes=max(by_layer.values()),
         tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
         measured=measured,
+        most_bytes=most_bytes(run.recipe, compressed, dtypes, copied),
         stored_bytes=quantized[1] if quantized is not None else None,
         ends_bytes=ends,
         evaluated=run.recipe.evaluate is not None,
@@ -56,6 +60,7 @@ def summarise(
     evaluation: Evaluation | None = None,
     source_fingerprint: str = "",
     unknown: Collection[str] = (),
+    resumed: int = 0,
 ) -> Report:
     """The report of a finished run.
 
@@ -68,6 +73,7 @@ def summarise(
         evaluation: comparison with the original.
         source_fingerprint: of the checkpoint.
         unknown: its tensors that the model class does not know.
+        resumed: items that an earlier, interrupted run had finished.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
     source: dict[str, Any] = {"fingerprint": source_fingerprint, "bytes": plan.source_bytes}
@@ -79,6 +85,7 @@ def summarise(
         used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
     layers = _layer_reports(run, shapes)
     warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
+    warnings += plan.warnings()
     if unknown:
         warnings += (
             f"{len(unknown)} tensors of the checkpoint are unknown to {type(run.source.model).__name__} and were copied as "
@@ -95,6 +102,7 @@ def summarise(
         warnings=warnings,
         versions=installed_versions(),
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
+        resumed=resumed,
         inputs={},
         files={},
         source=source,

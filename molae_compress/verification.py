@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from torch import Tensor
 
 from molae_compress.adapters.skeleton import model_class, read_config
@@ -18,6 +19,7 @@ from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.report import Report
+from molae_compress.report.report import RECIPE
 from molae_compress.source import DiskSource
 from molae_compress.stream import forwarded
 
@@ -85,6 +87,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Pro
 
 def _report(folder: Path) -> tuple[bool, str]:
     report = Report.load(folder)
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).exists() else report.recipe
+    if recipe != report.recipe:
+        return False, f"{RECIPE} and the recipe in the report differ"
     return True, f"written by molae_compress {report.versions.get('molae_compress')} for {report.model}"
 
 

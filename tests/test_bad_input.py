@@ -94,11 +94,23 @@ def test_a_recipe_that_cannot_be_meant(source: Path, tmp_path: Path) -> None:
     near = refused_at_once(CheckpointError, "does not exist", plain | {"model": str(source)[:-1]}, out)
     assert str(source) in near.why
     refused_at_once(RecipeError, r"budget\.rank: 32", recipe_for(source, "budget.rank=32"), out)
-    refused_at_once(RecipeError, "too small", recipe_for(source, "budget.keep=0.01"), out)
-    refused_at_once(RecipeError, "too small", recipe_for(source, "budget.target_size=50kB"), out)
+    for align in (1, 2):
+        tiny = recipe_for(source, "budget.keep=0.01", f"budget.align={align}")
+        small = refused_at_once(RecipeError, r"too small: the lowest ranks need a share of 0\.\d+\.", tiny, out)
+        assert ("align" in small.remedy) == (align > 1)
+    refused_at_once(RecipeError, r"50KB` is too small.* kB\.", recipe_for(source, "budget.target_size=50kB"), out)
     refused_at_once(RecipeError, "nothing to compress", recipe_for(source, "budget.keep=1.0"), out)
     refused_at_once(RecipeError, "has already", recipe_for(source, "budget.target_size=1GB"), out)
     refused_at_once(RecipeError, "does not divide", recipe_for(source, "basis.experts_per_input_group=3"), out)
+
+
+def test_a_wider_type_may_not_eat_up_what_is_saved(own_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    source, wide = own_checkpoint("qwen3_moe", dtype=torch.bfloat16), "output.dtype=float32"
+    found = refused_at_once(RecipeError, "more than the .* of the original", recipe_for(source, wide), tmp_path / "out")
+    assert "float32" in found.why
+    planned = molae.plan(recipe_for(source, wide, "budget.keep=0.45"))
+    assert planned.artifact_bytes < planned.source_bytes
+    assert molae.plan(recipe_for(source, wide, "budget.rank=full")).artifact_bytes > planned.source_bytes  # was asked for
 
 
 # Text
@@ -115,7 +127,9 @@ def test_text_that_cannot_be_used(source: Path, tmp_path: Path, section: str) ->
         return recipe_for(source, f"{section}={entry}")
 
     refused_at_once(DataError, "holds no text", using("empty.txt", b""), out)
-    refused_at_once(DataError, "less than one window of 16", using("short.txt", b"Too short."), out)
+    refused_at_once(
+        DataError, r"of \S+short.txt has 11 tokens, less than one window", using("short.txt", b"Too short."), out
+    )
     refused_at_once(DataError, "not UTF-8", using("latin.txt", "Où est-ce?".encode("latin1") * 9), out)
     refused_at_once(DataError, "There is no file", using("absent.txt", None), out)
     row = json.dumps({"content": "Long enough to fill some windows. " * 4}).encode()
@@ -291,7 +305,7 @@ def test_too_little_room_is_noticed_at_the_start(source: Path, tmp_path: Path, m
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     found = refused_at_once(CheckpointError, "free", recipe_for(source), tmp_path / "out")
-    assert "Free 0.00 GB" in found.remedy
+    assert re.match(r"Free [\d.]+ kB, ", found.remedy)
 
 
 class Full(io.FileIO):

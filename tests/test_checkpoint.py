@@ -394,7 +394,7 @@ def test_output_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:
 
 def test_free_space_is_checked_on_the_disk_of_the_folder(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not/there/yet", 1, "The artifact")
-    with pytest.raises(CheckpointError, match=r"The artifact needs 1000000000\.00 GB on the disk of"):
+    with pytest.raises(CheckpointError, match=r"The artifact needs 1000000\.00 TB on the disk of"):
         check_free_space(tmp_path / "not/there/yet", 10**18, "The artifact")
 
 

@@ -336,6 +336,10 @@ def test_plan_and_inspect_count_what_is_read_and_what_is_stored(quantized: Maker
     plan = molae.plan(recipe_for(made.folder))
     assert plan.source_bytes == sum(tensor.nbytes for tensor in made.plain.values()) > stored == plan.stored_bytes
     assert "quantised)" in str(plan)
+    larger = plan.limit_bytes > stored
+    assert any("more than the" in warning for warning in plan.warnings()) == larger
+    assert ("warning: " in str(plan)) == larger
+    assert molae.plan(recipe_for(made.folder, budget={"rank": "full"})).warnings()
     assert inspect(str(made.folder)).bytes == plan.source_bytes
 
 

@@ -53,6 +53,7 @@ def made_report(**changes: Any) -> Report:
         warnings=("Look out.",),
         versions={"molae_compress": "0.1.0", "python": "3.11.9"},
         timings={"solve": 3.5},
+        resumed=0,
         inputs={},
         files={"model.safetensors": "abc"},
         source={"fingerprint": "f00", "bytes": plan.source_bytes},

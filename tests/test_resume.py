@@ -139,8 +139,9 @@ def test_killed_at_any_progress_it_ends_with_the_same_files(
         }
         for names in solved.values():
             names.clear()
-        molae.run(recipe, out, max_memory=max_memory)
+        report = molae.run(recipe, out, max_memory=max_memory)
         assert same_every_time(out) == expected
+        assert report.resumed == done["observe"] + done["solve"]
         assert len(solved["measure_spectra"]) == 2 - done["observe"]
         assert len(solved["solve_layer"]) == 2 - done["solve"]
         assert not out.with_name(f"{out.name}.work").exists()

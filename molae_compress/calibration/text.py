@@ -43,6 +43,7 @@ def token_windows(
     samples: int,
     sequence_length: int,
     seed: int | None,
+    names: Sequence[str] = (),
 ) -> Tensor:
     """Cuts text into token windows.
 
@@ -57,6 +58,7 @@ def token_windows(
         sequence_length: L.
         seed: chooses windows at random and mixes the sources, so that any first part of the result is a fair sample
             of it. None takes the first windows of each source, source after source.
+        names: what messages call the sources; their numbers if absent.
 
     Returns:
         [N, L] int64.
@@ -64,9 +66,9 @@ def token_windows(
     Raises:
         DataError: a source has less text than one window.
     """
+    names = names or [f"source {number} of {len(texts_per_source)}" for number in range(1, len(texts_per_source) + 1)]
     available = [
-        _cut(_tokens(texts, tokenizer), sequence_length, f"source {number} of {len(texts_per_source)}")
-        for number, texts in enumerate(texts_per_source, start=1)
+        _cut(_tokens(texts, tokenizer), sequence_length, name) for name, texts in zip(names, texts_per_source, strict=True)
     ]
     shares = _shares([len(windows_NL) for windows_NL in available], samples)
     if seed is None:
@@ -140,6 +142,11 @@ def data_fingerprint(texts_per_source: Sequence[Sequence[str]]) -> str:
             digest.update(f"text {len(content)}\n".encode())
             digest.update(content)
     return digest.hexdigest()
+
+
+def token_fingerprint(windows_NL: Tensor) -> str:
+    """SHA-256, in hex, of token ids."""
+    return hashlib.sha256(windows_NL.cpu().numpy().tobytes()).hexdigest()
 
 
 def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:

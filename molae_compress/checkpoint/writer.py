@@ -26,7 +26,7 @@ from torch import Tensor
 
 from molae_compress.checkpoint.finite import check_finite
 from molae_compress.checkpoint.reader import CHUNK_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensors
-from molae_compress.errors import CheckpointError, ResumeError
+from molae_compress.errors import CheckpointError, ResumeError, human_bytes
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -216,8 +216,8 @@ def check_free_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(
-            f"{what} needs {needed / 1e9:.2f} GB on the disk of '{parent}', which has {free / 1e9:.2f} GB free.",
-            remedy=f"Free {(needed - free) / 1e9:.2f} GB, or give a folder on another disk.",
+            f"{what} needs {human_bytes(needed)} on the disk of '{parent}', which has {human_bytes(free)} free.",
+            remedy=f"Free {human_bytes(needed - free)}, or give a folder on another disk.",
         )
 
 
@@ -255,7 +255,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(path)).free
             raise CheckpointError(
-                f"Disk full while writing '{path}': {free / 1e9:.2f} GB free.",
+                f"Disk full while writing '{path}': {human_bytes(free)} free.",
                 remedy="Free space and run the same command again, it resumes.",
             ) from error
         raise CheckpointError(

@@ -9,6 +9,7 @@ import errno
 import json
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -118,6 +119,12 @@ device_option = click.option(
     default="auto",
     show_default=True,
     help="Where to compute, one layer at a time. auto: a GPU if there is one.",
+)
+work_dir_option = click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where finished layers wait, so that a run can resume. A folder beside the output if not given.",
 )
 memory_option = click.option(
     "--max-memory",

@@ -56,12 +56,7 @@ def plan(recipe: str, overrides: tuple[str, ...], model: str | None, trust_remot
 @click.option("--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @command.device_option
 @command.memory_option
-@click.option(
-    "--work-dir",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Where finished layers wait, so that a run can resume. DIR.work beside the output if not given.",
-)
+@command.work_dir_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming, and replace an earlier result.")
 @command.trust_option
 @command.quiet_option
@@ -158,9 +153,11 @@ def verify(folder: Path, trust_remote_code: bool, quiet: bool, as_json: bool) ->
 )
 @artifact_argument
 @click.argument("out", type=click.Path(path_type=Path))
+@command.work_dir_option
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
 @command.trust_option
 @command.quiet_option
-def expand(folder: Path, out: Path, trust_remote_code: bool, quiet: bool) -> None:
+def expand(folder: Path, out: Path, quiet: bool, **where: Any) -> None:
     """Write the model in DIR with dense experts to OUT, for programs without this package.
 
     It has the size of the original again, and the quality of the compressed model.
@@ -169,7 +166,7 @@ def expand(folder: Path, out: Path, trust_remote_code: bool, quiet: bool) -> Non
 
     command.calm_libraries(quiet=quiet)
     with shown(quiet=quiet) as progress:
-        molae.expand(folder, out, progress=progress, trust_remote_code=trust_remote_code)
+        molae.expand(folder, out, progress=progress, **where)
     click.echo(f"Wrote {out}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -162,23 +162,10 @@ def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Map
         ModelError: a path is no experts module of a known layout, a shape or its tensors do not fit, or the model is
             quantised by another method or offloaded.
     """
+    check_attachable(model, modules)
     config = getattr(model.config, "quantization_config", None)
-    if config is not None and not isinstance(config, MolaeConfig):
-        raise ModelError(
-            f"The model is quantised already (quantization_config {type(config).__name__}).",
-            remedy="Load the original model, without quantisation.",
-        )
     specs = {}
     for name, (shape, tensors) in modules.items():
-        experts = _experts_at(model, name)
-        if experts is None:
-            raise _mismatch(model, name)
-        if any("_hf_hook" in vars(module) for module in experts.modules()):
-            raise ModelError(
-                f"The experts '{name}' are dispatched by accelerate.",
-                why="Its hooks would stay behind and move the new tensors.",
-                remedy="Load the model on one device, without offloading.",
-            )
         specs[name] = describe_in(model, name)
         check_shape(specs[name], shape)
         check_tensors(specs[name], shape, tensors)
@@ -189,6 +176,31 @@ def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Map
     entries = {name: shape.to_dict() for name, (shape, _) in modules.items()}
     model.config.quantization_config = MolaeConfig({**(config.modules if config else {}), **entries})
     return model
+
+
+def check_attachable(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuses a live model whose experts `attach_` could not replace, whatever by; raises `ModelError` as it does."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None and not isinstance(config, MolaeConfig):
+        raise ModelError(
+            f"The model is quantised already (quantization_config {type(config).__name__}).",
+            remedy="Load the original model, without quantisation.",
+        )
+    for name in names:
+        experts = _experts_at(model, name)
+        if experts is None:
+            raise _mismatch(model, name)
+        if any("_hf_hook" in vars(module) for module in experts.modules()):
+            raise ModelError(
+                f"The experts '{name}' are dispatched by accelerate.",
+                why="Its hooks would stay behind and move the new tensors.",
+                remedy="Load the model on one device, without offloading.",
+            )
+        if unloaded := [key for key, weight in experts.named_parameters() if weight.is_meta]:
+            raise ModelError(
+                f"The experts '{name}' have no weights in memory ('{unloaded[0]}' is on the meta device).",
+                remedy="Load the model with its weights, or compress the checkpoint with `run`.",
+            )
 
 
 def installed_version() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from molae_compress.errors import human_bytes
 from molae_compress.recipe.files import write_yaml
 from molae_compress.report.report import LayerReport, Report
 
@@ -74,14 +75,6 @@ def model_card(report: Report, base_readme: str | None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def format_bytes(count: int) -> str:
-    """`12.3 GB`, in powers of 1000."""
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
-    return f"{count} B"
-
-
 def comparison(report: Report) -> list[tuple[str, str, str]]:
     """What changed, as rows (figure, original, compressed); only figures that are known."""
     plan, evaluation = report.plan, report.evaluation or {}
@@ -89,7 +82,7 @@ def comparison(report: Report) -> list[tuple[str, str, str]]:
     stored = report.source.get("stored_bytes", report.source["bytes"])
     rows = [
         ("parameters in routed experts", f"{plan['dense_parameters']:,}", _with_share(plan, "parameters", ",")),
-        ("weights on disk", format_bytes(stored), format_bytes(report.artifact["bytes"])),
+        ("weights on disk", human_bytes(stored), human_bytes(report.artifact["bytes"])),
         ("operations of routed experts per token", f"{flops[0]:,}", f"{flops[1]:,} ({_percent(flops[1], flops[0])})"),
     ]
     figures = (

@@ -1,7 +1,7 @@
 """`Report`: what was done to a model and how well it went, as `molae_report.json` beside the weights.
 
-Everything in it follows from the recipe, the model and the text, except the timings (`Report.timings` and
-`LayerReport.seconds`).
+Everything in it follows from the recipe, the model and the text, except the timings (`Report.timings`,
+`LayerReport.seconds`) and what was `Report.resumed`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, Self
 
 from molae_compress.checkpoint import write_file
 from molae_compress.errors import CheckpointError
+from molae_compress.recipe.files import write_yaml
 
 FORMAT = 1
-FILE_NAME = "molae_report.json"
+FILE_NAME, RECIPE = "molae_report.json", "recipe.yaml"
 # KL to the original is about twice err_h: above this, expect 0.1 nats per token or more.
 HIGH_ERR_H = 0.05
 
@@ -84,7 +85,8 @@ class Report:
         evaluation: `Evaluation.to_dict()`; None if nothing was compared.
         warnings: sentences for the reader, see `warnings_for`.
         versions: of the software, see `installed_versions`.
-        timings: stage -> seconds.
+        timings: stage -> seconds, of the last run where an interrupted one was gone on with.
+        resumed: how many measured or finished layers it found there.
         inputs: everything the weights follow from, as text: recipe keys, source, calibration text, versions.
         files: name -> sha256 of every file of the artifact that the report vouches for.
         source: `fingerprint` and `bytes` of the source checkpoint; if it is quantised, `bytes` are those after dequantising,
@@ -102,6 +104,7 @@ class Report:
     warnings: tuple[str, ...]
     versions: dict[str, str]
     timings: dict[str, float]
+    resumed: int
     inputs: dict[str, str]
     files: dict[str, str]
     source: dict[str, Any]
@@ -168,11 +171,15 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Writes `molae_report.json` into `folder`, whole or not at all; returns its path.
 
+        A report of `compress_`, saved beside what `save_pretrained` wrote, vouches for those files, and the recipe is
+        written there too.
+
         Raises:
             CheckpointError: it cannot be written.
         """
         path = Path(folder) / FILE_NAME
-        if not self.files and path.parent.is_dir():  # a model that was saved by its own save_pretrained
+        if not self.files and path.parent.is_dir():
+            write_file(path.with_name(RECIPE), write_yaml(self.recipe).encode())
             return replace(self, files=file_hashes(path.parent)).save(folder)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         write_file(path, f"{text}\n".encode())
