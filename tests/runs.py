@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from molae_compress.checkpoint.reader import DTYPES
 from molae_compress.recipe import Recipe
 from tests.tiny import TOP_K, tiny_ids
 
@@ -55,6 +56,20 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
+
+
+def tensor_of(code: str, *shape: int) -> Tensor:
+    """Random bits of a type, without NaN or infinity."""
+    dtype = DTYPES[code]
+    generator = torch.Generator().manual_seed(sum(code.encode()))
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).abs().add(0.5).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def bits(tensor: Tensor) -> bytes:
+    """What a tensor holds, to compare it bit for bit."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def is_expert(key: str) -> bool:

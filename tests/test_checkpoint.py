@@ -30,21 +30,9 @@ from molae_compress.checkpoint import (
 )
 from molae_compress.checkpoint.reader import DTYPES
 from molae_compress.errors import CheckpointError, ResumeError
+from tests.runs import bits, tensor_of
 
 INDEX = "model.safetensors.index.json"
-
-
-def tensor_of(code: str, *shape: int) -> Tensor:
-    """Random bits of a type, without NaN or infinity."""
-    dtype = DTYPES[code]
-    generator = torch.Generator().manual_seed(sum(code.encode()))
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).abs().add(0.5).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.fixture

@@ -10,25 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.checkpoint.reader import DTYPES
 from molae_compress.errors import CheckpointError, ResumeError
-
-
-def tensor_of(code: str, *shape: int) -> Tensor:
-    """Random bits of a type, without NaN or infinity."""
-    dtype = DTYPES[code]
-    generator = torch.Generator().manual_seed(sum(code.encode()))
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).abs().add(0.5).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
+from tests.runs import bits, tensor_of
 
 INPUTS = {"observe": {"model": "m1", "data": "d1"}, "solve": {"model": "m1", "data": "d1", "budget.keep": "0.6"}}
 

@@ -45,8 +45,8 @@ def _add_parameters(core: nn.Module, spec: ExpertsSpec, shape: LatentShape, like
             core.register_parameter(name.removeprefix("core."), nn.Parameter(like.new_empty(size)))
 
 
-class PlainCore(nn.Module):
-    """Core of the layer form for classes that cannot compute at another width: `[E,J,R]` and `[E,R,I]`, called alike.
+class _Core(nn.Module):
+    """What the cores below share: their parameters, and the activation of the original.
 
     Args:
         experts: the original module, whose activation is used.
@@ -57,15 +57,24 @@ class PlainCore(nn.Module):
     """
 
     activate: Callable[[Tensor], Tensor]
-    down_proj: Tensor
 
     def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
         super().__init__()
         self.spec = spec
+        _add_parameters(self, spec, shape, like)
+        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the original.
+        self.__dict__["activate"] = layout.activation(experts)
+
+
+class PlainCore(_Core):
+    """Core of the layer form for classes that cannot compute at another width: `[E,J,R]` and `[E,R,I]`, called alike."""
+
+    down_proj: Tensor
+
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
+        super().__init__(experts, layout, spec, shape, like)
         self.config = experts.__dict__.get("config")
         self.first = "gate_up_proj" if spec.has_gate else "up_proj"
-        _add_parameters(self, spec, shape, like)
-        self.__dict__["activate"] = layout.activation(experts)
 
     def forward(self, z_TR: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """`[T,R]`: routed sums, without output biases."""
@@ -76,29 +85,17 @@ class PlainCore(nn.Module):
         return routed_sum(routed_linear(self.activate(h_SJ), self.down_proj, route, 1, transposed=False), weight_TK, route)
 
 
-class GroupedCore(nn.Module):
-    """Cores of the grouped form: `[E*R,J]` into the activation and `[E*R,I]` out of it, latent dimension in front.
+class GroupedCore(_Core):
+    """Cores of the grouped form: `[E*R,J]` into the activation and `[E*R,I]` out of it, latent dimension in front."""
 
-    Args:
-        experts: the original module, whose activation is used.
-        layout: its layout.
-        spec: its description.
-        shape: how it is stored.
-        like: gives device and type of the parameters.
-    """
-
-    activate: Callable[[Tensor], Tensor]
     down: Tensor
     bias: Tensor | None
 
     def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape, like: Tensor) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(experts, layout, spec, shape, like)
         self.stems = tuple(core for _, core in shape.branches())
-        self.register_parameter("bias", None)
-        _add_parameters(self, spec, shape, like)
-        # Set past nn.Module: the model must neither save, initialise nor wrap what is left of the original.
-        self.__dict__["activate"] = layout.activation(experts)
+        if not spec.has_bias:
+            self.register_parameter("bias", None)
 
     def forward(self, latent_SR: tuple[Tensor, ...], route: Route) -> Tensor:
         """`[S,R_out]`, or `[S,H]` where the second projection is dense.
