@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import molae_compress as molae
-from molae_compress.adapters import decoder_layers
+from molae_compress.adapters import layers_with_experts
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_windows
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,7 +131,7 @@ def _error_of_experts(original: PreTrainedModel, model: PreTrainedModel, names: 
 
     The compressed experts get the very arguments the original ones got; h is the residual stream after the layer.
     """
-    path, layers = decoder_layers(original)
+    layers = layers_with_experts(original)
     errors: list[float] = []
     changes: dict[str, Tensor] = {}
 
@@ -145,7 +145,7 @@ def _error_of_experts(original: PreTrainedModel, model: PreTrainedModel, names: 
 
     hooks = []
     for name in names:
-        layer = layers[int(name.removeprefix(f"{path}.").split(".")[0])]
+        layer = original.get_submodule(layers.paths[layers.of(name)])
         hooks.append(original.get_submodule(name).register_forward_hook(partial(experts_done, name), with_kwargs=True))
         hooks.append(layer.register_forward_hook(partial(layer_done, name)))
     try:

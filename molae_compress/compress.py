@@ -8,7 +8,7 @@ it, `observe_layers`, to measure how the error of every layer falls with rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from molae_compress.budget import Shapes, shapes_for, template
+from molae_compress.calibration.one_by_one import ObservedList
 from molae_compress.calibration.walk import ObservedExperts, RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.recipe import Recipe
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, layer_error, measure_spectra, solve_layer
-from molae_compress.solver.population import Calibrated, Population, Uninformed
+from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import ResidualStream, observed
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 
 Progress = Callable[[str, int, int], None]
-Visit = Callable[[ExpertsSpec, DenseExperts, Population, Calibrated | None], None]
+Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None], None]
 OBSERVE, SOLVE = "observe", "solve"
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
@@ -38,12 +39,28 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _routed(population: Population, held_out: Calibrated | None) -> list[int]:
+def _routed(population: Calibrated | Uninformed, held_out: Calibrated | None) -> list[int]:
     """Calibration tokens routed to each expert, those that only measure included."""
     if not isinstance(population, Calibrated) or held_out is None:
-        return []
+        return [0] * population.num_experts
     both = population.counts_E if held_out is population else population.counts_E + held_out.counts_E
     return [int(count) for count in both]
+
+
+def _comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
+    """Spectra in one unit: a module measured without data, in a run with data, counts as much as the average one."""
+
+    def total(found: LayerSpectra) -> float:
+        return float(sum(part.sum() for part in found.input_GM) + found.output_GM.sum())
+
+    measured = [total(found) for name, found in spectra.items() if name not in unseen]
+    scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
+    return {
+        name: LayerSpectra(tuple(part * scales[name] for part in found.input_GM), found.output_GM * scales[name])
+        if name in scales
+        else found
+        for name, found in spectra.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -124,24 +141,30 @@ class Run:
     def observe_layers(self) -> dict[str, LayerSpectra]:
         """First pass: how the error of every layer and side falls with rank."""
         spectra: dict[str, LayerSpectra] = {}
+        unseen: set[str] = set()
         for name in self.work.done(OBSERVE) if self.work is not None else ():
             assert self.work is not None
-            tensors, _ = self.work.load(OBSERVE, name)
+            tensors, info = self.work.load(OBSERVE, name)
+            unseen |= {name} if info["unseen"] else set()
             branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
             spectra[name] = LayerSpectra(branches, tensors["output"])
 
-        def observe(spec: ExpertsSpec, dense: DenseExperts, population: Population, held_out: Calibrated | None) -> None:
+        def observe(
+            spec: ExpertsSpec, dense: DenseExperts, population: Calibrated | Uninformed, held_out: Calibrated | None
+        ) -> None:
             found = measure_spectra(dense, population, template(self.recipe, spec), self.fit)
             found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
             spectra[spec.name] = found
+            unseen.update({spec.name} if isinstance(population, Uninformed) else ())
             if self.work is not None:
                 parts = {f"input.{branch}": part for branch, part in enumerate(found.input_GM)}
-                self.work.commit(OBSERVE, spec.name, {**parts, "output": found.output_GM}, {})
+                info = {"unseen": spec.name in unseen}
+                self.work.commit(OBSERVE, spec.name, {**parts, "output": found.output_GM}, info)
             self.progress(OBSERVE, len(spectra), len(self.specs))
 
         self.progress(OBSERVE, len(spectra), len(self.specs))
         self._each_layer(OBSERVE, set(spectra), {}, observe)
-        return spectra
+        return _comparable(spectra, unseen)
 
     def solve_layers(self, shapes: Shapes) -> None:
         """Second pass: bases, then cores, layer by layer; finished modules go to the work directory or to `finished`."""
@@ -149,11 +172,13 @@ class Run:
         done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
         idle = {spec.name for spec in self.specs if spec.name not in latent}
 
-        def solve(spec: ExpertsSpec, dense: DenseExperts, population: Population, held_out: Calibrated | None) -> None:
+        def solve(
+            spec: ExpertsSpec, dense: DenseExperts, population: Calibrated | Uninformed, held_out: Calibrated | None
+        ) -> None:
             started, shape = time.monotonic(), latent[spec.name]
             tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
             error = layer_error(dense, tensors, shape, held_out) if held_out is not None else None
-            counts = _routed(population, held_out)
+            counts = _routed(population, held_out) if self.windows_NL is not None else []
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
             done.add(spec.name)
@@ -204,10 +229,13 @@ class Run:
             name=stage,
             memory_limit=self.memory_limit,
         )
+        numbers = {spec.name: self.source.layers.of(spec.name) for spec in pending}
+        last = max(numbers.values())
         with self.source.ends(head=False), torch.no_grad():
-            stream.start(min(spec.layer for spec in pending))
-            for layer in range(stream.layer, max(spec.layer for spec in pending) + 1):
-                self._one_layer(stream, [spec for spec in pending if spec.layer == layer], latent, visit, stage)
+            stream.start(min(numbers.values()))
+            for layer in range(stream.layer, last + 1):
+                here = [spec for spec in pending if numbers[spec.name] == layer]
+                self._one_layer(stream, here, latent, visit, stage, goes_on=layer < last)
                 stream.forget(layer)
         if self.work is not None:
             self.work.discard(HIDDEN)
@@ -219,20 +247,23 @@ class Run:
         latent: Mapping[str, LatentShape],
         visit: Visit,
         stage: str,
+        *,
+        goes_on: bool,
     ) -> None:
         """Sends the tokens through one layer and visits its pending modules."""
         layer = stream.layer
-        here = [spec for spec in self.source.specs if spec.layer == layer]
+        here = [spec for spec in self.source.specs if self.source.layers.of(spec.name) == layer]
         sequential = self.recipe.refit.sequential and stage == SOLVE
         recorders = {spec.name: stream.recorder(spec) for spec in pending}
         experts = observed(self.source, here, recorders)
         with self.source.layer(layer) as module:
             if sequential and not pending:
                 experts |= self._compressed(here, latent)
-            seen = stream.step(module, experts, recorders, advance=not (sequential and pending))
+            seen = stream.step(module, experts, recorders, advance=goes_on and not (sequential and pending))
         for spec in pending:
-            visit(spec, cast(ObservedExperts, experts[spec.name]).dense, *self._split(seen.pop(spec.name), spec))
-        if sequential and pending:
+            stand_in = cast(ObservedExperts | ObservedList, experts[spec.name])
+            visit(spec, stand_in.dense, *self._split(seen.pop(spec.name), spec))
+        if goes_on and sequential and pending:
             experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
             with self.source.layer(layer) as module:
                 stream.step(module, experts | self._compressed(here, latent), {})
@@ -249,13 +280,19 @@ class Run:
                 modules[spec.name] = module
         return modules
 
-    def _split(self, seen: RoutedTokens, spec: ExpertsSpec) -> tuple[Calibrated, Calibrated]:
-        """What is fitted on, and the last windows, which only measure (a single window does both)."""
+    def _split(self, seen: RoutedTokens | None, spec: ExpertsSpec) -> tuple[Calibrated | Uninformed, Calibrated | None]:
+        """What is fitted on, and the last windows, which only measure (a single window does both).
+
+        A module that the model does not call for these tokens (the experts of another modality) is fitted without data.
+        """
+        if seen is None:
+            return Uninformed(spec.num_experts, spec.hidden, self.source.device), None
         assert self.windows_NL is not None
         assert self.recipe.calibration is not None
         weighting, shrinkage = self.recipe.calibration.weighting, self.recipe.refit.shrinkage
-        windows, length = self.windows_NL.shape
-        kept = (windows - max(1, windows // _HELD_OUT)) * length
+        windows = len(self.windows_NL)
+        rows = len(seen.x_TH) // windows  # of a window; more than its tokens where one has several
+        kept = (windows - max(1, windows // _HELD_OUT)) * rows
         # a token of hardly any residual stream would outweigh all others
         weight_T = 1.0 / seen.energy_T.clamp_min(1e-6 * float(seen.energy_T.mean()))
 

@@ -1,7 +1,8 @@
 """Perplexity, KL divergence and agreement of an artifact, streamed: one layer of one model in memory at a time.
 
 Both models first carry all tokens through their layers, each window's residual stream ending before the final norm; then
-the logits of both are made window by window, by the models' own final norm, head and scaling.
+the logits of both are made window by window, by the models' own final norm, head and scaling. An encoder-decoder reads the
+same windows that it is to write.
 Shape suffixes: N windows, B windows of one batch, L tokens, P positions of a window, V vocabulary; the rest as in `tensors`.
 """
 
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from molae_compress.calibration.replay import Passed, of_window
 from molae_compress.calibration.text import read_texts, token_windows
 from molae_compress.calibration.walk import LayerArguments
 from molae_compress.compress import Progress, silent
-from molae_compress.errors import DataError
+from molae_compress.errors import DataError, ModelError
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import forwarded
 
@@ -98,16 +100,19 @@ def evaluate(
     windows_NL = token_windows(texts, tokenizer, samples=samples, sequence_length=sequence_length, seed=None)
     check_tokens(windows_NL, result.vocabulary)
     batches = windows_NL.split(batch_size)
-    hidden = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
+    passed = {name: _carried(source, batches, f"evaluate {name}", progress) for name, source in sources.items()}
     sums = torch.zeros(4, dtype=torch.float64)
     with ExitStack() as stack, torch.no_grad():
         for source in sources.values():
             stack.enter_context(source.ends(head=True))
-        arguments = {name: LayerArguments(source.model, source.layers, target) for name, source in sources.items()}
+        arguments = {name: LayerArguments(source.model, source.layers.paths, target) for name, source in sources.items()}
         # a window at a time: logits of a large vocabulary take far more memory than hidden states
         for window, ids_1L in enumerate(windows_NL.split(1)):
             batch, row = divmod(window, batch_size)
-            logits = {name: model.logits(ids_1L, hidden[name][batch][row, None])[0] for name, model in arguments.items()}
+            logits = {
+                name: _predicted(model, ids_1L, of_window(passed[name][batch], row, len(batches[batch])))
+                for name, model in arguments.items()
+            }
             sums += _compare(logits["result"], logits.get("original"), ids_1L[0].to(target))
             del logits  # or they would stay while those of the next window are made
     count = windows_NL.numel() - len(windows_NL)
@@ -147,20 +152,28 @@ def _check_tokenizers(
         )
 
 
-def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Tensor]:
-    """Residual stream of every batch after the last layer."""
-    arguments = LayerArguments(source.model, source.layers, source.device)
+def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress: Progress) -> list[Passed]:
+    """What the layers of a model give for every batch."""
+    arguments = LayerArguments(source.model, source.layers.paths, source.device)
     progress(stage, 0, len(source.layers))
     with source.ends(head=False), torch.no_grad():
-        hidden = [arguments.embedded(ids_BL) for ids_BL in batches]
-        for layer in range(len(source.layers)):
-            hidden = list(forwarded(source, arguments, layer, zip(batches, hidden, strict=True)))
-            progress(stage, layer + 1, len(source.layers))
-    return hidden
+        return forwarded(source, arguments, batches, lambda done: progress(stage, done, len(source.layers)))
+
+
+def _predicted(arguments: LayerArguments, ids_1L: Tensor, passed: Passed) -> Tensor:
+    """[L-1,V]: logits of all tokens of a window but its first."""
+    logits_1LV = arguments.logits(ids_1L, passed)
+    if logits_1LV.shape[:2] != ids_1L.shape or logits_1LV.shape[2] <= int(ids_1L.max()):
+        raise ModelError(
+            f"The model gives figures of shape {tuple(logits_1LV.shape)} for a window of {ids_1L.shape[1]} tokens.",
+            why="These are no predictions of tokens, so there is nothing to evaluate.",
+            remedy="Leave `evaluate` out of the recipe.",
+        )
+    return logits_1LV[0, 1:] if arguments.shifted else logits_1LV[0, :-1]
 
 
 def _compare(logits_LV: Tensor, original_LV: Tensor | None, ids_L: Tensor) -> Tensor:
-    """[4] float64 sums over predicted tokens: negative log likelihoods of both, KL, agreements."""
+    """[4] float64 sums over predicted tokens (all but the first): negative log likelihoods of both, KL, agreements."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(ids_L) - 1, _POSITIONS):
         rows = slice(start, min(start + _POSITIONS, len(ids_L) - 1))

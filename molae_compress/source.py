@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from molae_compress.adapters import decoder_layers, find_experts
+from molae_compress.adapters import Layers, find_experts, layers_with_experts
 from molae_compress.adapters.keys import KeyMap
 from molae_compress.adapters.skeleton import (
     drop_quantization_,
@@ -46,12 +46,8 @@ class Source(Protocol):
     device: torch.device
 
     @property
-    def layers_path(self) -> str:
-        """Path of the one list of decoder layers; raises `ModelError` where experts lie in several."""
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
+    def layers(self) -> Layers:
+        """The layers of all lists of layers that hold experts."""
 
     def dense(self, spec: ExpertsSpec) -> DenseExperts:
         """The weights of one experts module, in the precision they are stored in."""
@@ -70,7 +66,7 @@ class Source(Protocol):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """A decoder layer that can be called; its experts have no weights and need a stand-in."""
+        """A layer, by its number in `layers`, that can be called; its experts have no weights and need a stand-in."""
 
     @contextmanager
     def ends(self, *, head: bool) -> Iterator[None]:
@@ -138,13 +134,9 @@ class DiskSource:
             _check_experts(source, spec)
         return source
 
-    @property
-    def layers_path(self) -> str:
-        return decoder_layers(self.model, self.experts)[0]
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return decoder_layers(self.model, self.experts)[1]
+    @cached_property
+    def layers(self) -> Layers:
+        return layers_with_experts(self.model, self.experts)
 
     @property
     def vocabulary(self) -> int:
@@ -199,29 +191,31 @@ class DiskSource:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        name = f"{self.layers_path}.{index}"
+        name = self.layers.paths[index]
+        layer = self.model.get_submodule(name)
         inside = [spec.name for spec in self.specs if spec.name.startswith(f"{name}.")]
         experts = {weight for module in inside for weight in weight_names(self.model, module)}
         for target in self._targets(name):
             if target not in experts:
                 fill_(self.model, self.keys.materialise(target, self.checkpoint.read), self.device)
-        for module in self.layers[index].modules():
+        for module in layer.modules():
             if isinstance(module, LatentExperts):
                 module.finish_loading_()
         try:
-            yield self.layers[index]
+            yield layer
         finally:
-            empty_(self.layers[index])
+            empty_(layer)
 
     @contextmanager
     def ends(self, *, head: bool) -> Iterator[None]:
         output = self.model.get_output_embeddings()
         unused = [f"{name}." for name, module in self.model.named_modules() if module is output and not head]
+        unused += [f"{path}." for path in self.layers.paths]
         for target in self._targets(""):
-            if not target.startswith((f"{self.layers_path}.", *unused)):
+            if not target.startswith(tuple(unused)):
                 fill_(self.model, self.keys.materialise(target, self.checkpoint.read), self.device)
         if head:
-            self.model.tie_weights()
+            self.model.tie_weights(recompute_mapping=False)  # the skeleton knows what is left to tie
         for buffer_owner in self.model.modules():
             for name in buffer_owner._non_persistent_buffers_set:
                 buffer = buffer_owner._buffers[name]
@@ -250,13 +244,9 @@ class LiveSource:
         """Looks at a model in memory; raises `ModelError` as `find_experts`."""
         return cls(model, find_experts(model), model.device)
 
-    @property
-    def layers_path(self) -> str:
-        return decoder_layers(self.model, [spec.name for spec in self.specs])[0]
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return decoder_layers(self.model, [spec.name for spec in self.specs])[1]
+    @cached_property
+    def layers(self) -> Layers:
+        return layers_with_experts(self.model, [spec.name for spec in self.specs])
 
     def dense(self, spec: ExpertsSpec) -> DenseExperts:
         return dense_experts(self.model, spec)
@@ -275,7 +265,7 @@ class LiveSource:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield self.layers[index]
+        yield self.model.get_submodule(self.layers.paths[index])
 
     @contextmanager
     def ends(self, *, head: bool) -> Iterator[None]:
@@ -333,18 +323,21 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise _no_tokenizer(folder) from error
+        raise _no_tokenizer(folder, str(error)) from error
     # without files transformers makes an empty one, of special tokens alone
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise _no_tokenizer(folder)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _no_tokenizer(folder: str | Path) -> ModelError:
+def _no_tokenizer(folder: str | Path, reason: str = "") -> ModelError:
+    own_code = "trust_remote_code" in reason
     return ModelError(
         f"'{folder}' has no tokenizer that can be loaded.",
-        why="Without it text cannot be turned into the model's tokens.",
-        remedy="Fetch the tokenizer files of the model too (tokenizer.json, tokenizer_config.json).",
+        why="It brings its own code." if own_code else "Without it text cannot be turned into the model's tokens.",
+        remedy="Read that code, then allow it with --trust-remote-code."
+        if own_code
+        else "Fetch the tokenizer files of the model too (tokenizer.json, tokenizer_config.json).",
     )
 
 

@@ -1,27 +1,35 @@
-"""The residual stream of all calibration windows, between two decoder layers.
+"""The residual stream of all calibration windows, between two layers, with whatever else layers tell each other.
 
-Kept in memory up to a limit. With a work directory every layer's stream is on disk as well before the next is computed, so
-that a killed run goes on at the layer it was at, and above the limit it lives only there.
+Kept in memory up to a limit, above it on disk, where every layer's stream is stored before the next layer is computed.
+In memory it is stored only when `CHECKPOINT_SECONDS` have gone by since it was last: carrying tokens through dense layers
+is cheap beside solving, which is stored module by module, so that a killed run loses about the layer it was at, and spends
+no more than that time to get there again. What the last layer gives is never computed.
 Shape suffixes: N windows, B windows of one batch, L tokens of one window, T = N*L; the rest as in `tensors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from molae_compress.calibration.one_by_one import ObservedList
+from molae_compress.calibration.replay import Passed, nbytes, packed, unpacked
 from molae_compress.calibration.walk import LayerArguments, ObservedExperts, Recorder, RoutedTokens, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.checkpoint.writer import disk_errors
-from molae_compress.errors import ModelError
 from molae_compress.layouts import layout_of
 from molae_compress.source import Source
 from molae_compress.tensors import ExpertsSpec
 
 STAGE = "hidden"  # of the work directory
+CHECKPOINT_SECONDS = 60.0
+Done = Callable[[int], None]
 
 
 class ResidualStream:
@@ -31,9 +39,9 @@ class ResidualStream:
         source: the dense model, whose ends (`Source.ends`) are open while the stream is used.
         windows_NL: token ids.
         batch_size: windows per forward.
-        work: where the stream is kept; None keeps it in memory only.
+        work: where the stream is stored; None keeps it in memory only.
         name: of the pass, in the work directory.
-        memory_limit: bytes of activations that may stay in memory.
+        memory_limit: bytes of activations that may stay in memory: half for the stream, half for what experts see.
     """
 
     def __init__(
@@ -50,23 +58,26 @@ class ResidualStream:
         self._source, self._work, self._name = source, work, name
         self._ids = windows_NL.split(batch_size)
         self._tokens = windows_NL.numel()
-        self._arguments = LayerArguments(source.model, source.layers, source.device)
-        hidden = max(spec.hidden for spec in source.specs)
-        # the stream itself and what the experts of one layer see of it
-        self._in_memory = work is None or memory_limit is None or 2 * self._tokens * hidden * 4 <= memory_limit
-        self._hidden: list[Tensor] = []
+        self._arguments = LayerArguments(source.model, source.layers.paths, source.device)
+        self._room = memory_limit // 2 if memory_limit is not None and work is not None else None
+        # by batch; None while it is on disk only
+        self._passed: list[Passed] | None = [()] * len(self._ids)
+        self._stored: list[int] = []
+        self._stored_at = time.monotonic()
 
     def start(self, layer: int) -> None:
-        """Goes to the last layer up to `layer` whose stream an earlier run left whole, or to the embeddings."""
-        stored = self._work.done(STAGE) if self._work is not None else set()
-        for index in range(layer, 0, -1):
-            if all(self._item(index, batch) in stored for batch in range(len(self._ids))):
-                self.layer = index
-                if self._in_memory:
-                    self._hidden = [self._read(index, batch) for batch in range(len(self._ids))]
-                return
-        for batch, ids_BL in enumerate(self._ids):
-            self._put(0, batch, self._arguments.embedded(ids_BL))
+        """Goes to the last layer up to `layer` whose stream an earlier run left whole, or stays before the first."""
+        if self._work is None:
+            return
+        done, batches = self._work.done(STAGE), range(len(self._ids))
+        whole = [number for number in range(layer + 1) if all(self._item(number, batch) in done for batch in batches)]
+        kept = {self._item(whole[-1], batch) for batch in batches} if whole else set()
+        for item in done - kept:
+            self._path(item).unlink()
+        if whole:
+            self.layer, self._stored = whole[-1], whole[-1:]
+            fits = self._fits(nbytes(self._read(self.layer, 0)) * len(batches))
+            self._passed = [self._read(self.layer, batch) for batch in batches] if fits else None
 
     def step(
         self,
@@ -75,8 +86,8 @@ class ResidualStream:
         recorders: Mapping[str, Recorder],
         *,
         advance: bool = True,
-    ) -> dict[str, RoutedTokens]:
-        """Sends all windows through decoder layer `layer`, which is `module`.
+    ) -> dict[str, RoutedTokens | None]:
+        """Sends all windows through layer `layer`, which is `module`.
 
         Args:
             experts: stand-ins for its experts modules, by full path.
@@ -84,54 +95,92 @@ class ResidualStream:
             advance: go on to the next layer; otherwise the stream stays where it is.
 
         Returns:
-            what every recorded module saw.
+            what every recorded module saw; None if the model did not call it.
         """
-        prefix = f"{self._source.layers_path}.{self.layer}."
+        prefix = f"{self._source.layers.paths[self.layer]}."
         inside = {path.removeprefix(prefix): stand_in for path, stand_in in experts.items()}
         energies: list[Tensor] = []
-        outputs = pass_through(self._arguments, self.layer, module, inside, self._batches())
-        for batch, (out_BLH, energy_T) in enumerate(outputs):
-            energies.append(energy_T.cpu())
-            if advance:
-                self._put(self.layer + 1, batch, out_BLH)
-        self.layer += int(advance)
+        after: list[Passed] | None = []
+        outputs = pass_through(self._arguments, module, inside, self._batches(recorders), advance=advance)
+        for batch, (passed, energy_T) in enumerate(outputs):
+            energies.append(energy_T)
+            if not advance:
+                continue
+            if batch == 0 and not self._fits(nbytes(passed) * len(self._ids)):
+                after = None
+            if after is None:
+                self._store(self.layer + 1, batch, passed)
+            else:
+                after.append(passed)
+                if self._passed is not None:
+                    self._passed[batch] = ()  # gone on
+        if advance:
+            self._go_on(after)
         return {path: recorder.tokens(path, torch.cat(energies)) for path, recorder in recorders.items()}
 
     def recorder(self, spec: ExpertsSpec) -> Recorder:
         """Room for what one experts module sees of the whole stream."""
-        if self._in_memory or self._work is None:
-            return Recorder(spec, self._tokens, None)
-        folder = self._work.path(STAGE, "inputs").parent
-        with disk_errors(folder):
-            return Recorder(spec, self._tokens, folder)
+        return Recorder(spec, self._tokens, partial(self._array, f"{spec.name}.inputs"))
 
     def forget(self, layer: int) -> None:
-        """Removes the stored stream before `layer`, once nothing needs it any more."""
-        if self._work is not None:
+        """Removes what is stored of the stream up to `layer`, whose modules are done, but for what was stored last."""
+        for old in [number for number in self._stored[:-1] if number <= layer]:
+            self._stored.remove(old)
             for batch in range(len(self._ids)):
-                self._work.path(STAGE, self._item(layer, batch)).unlink(missing_ok=True)
+                self._path(self._item(old, batch)).unlink(missing_ok=True)
+
+    def _go_on(self, after: list[Passed] | None) -> None:
+        """Stands before the next layer; `after` is the stream there, None if it is stored already."""
+        self.layer += 1
+        self._passed = after
+        if after is not None:
+            if self._work is None or time.monotonic() - self._stored_at < CHECKPOINT_SECONDS:
+                return
+            for batch, passed in enumerate(after):
+                self._store(self.layer, batch, passed)
+        self._stored.append(self.layer)
+        self._stored_at = time.monotonic()
+
+    def _batches(self, recorders: Mapping[str, Recorder]) -> Iterator[tuple[Tensor, Passed]]:
+        for batch, ids_BL in enumerate(self._ids):
+            for recorder in recorders.values():
+                recorder.batch = ids_BL.numel()
+            yield ids_BL, self._passed[batch] if self._passed is not None else self._read(self.layer, batch)
+
+    def _fits(self, size: int) -> bool:
+        return self._room is None or size <= self._room
 
     def _item(self, layer: int, batch: int) -> str:
         return f"{self._name}-{layer:04d}-{batch:05d}"
 
-    def _put(self, layer: int, batch: int, hidden_BLH: Tensor) -> None:
-        hidden_BLH = hidden_BLH.cpu()
-        if self._work is not None:
-            self._work.commit(STAGE, self._item(layer, batch), {"hidden": hidden_BLH}, {})
-        if self._in_memory:
-            if batch < len(self._hidden):
-                self._hidden[batch] = hidden_BLH
-            else:
-                self._hidden.append(hidden_BLH)
-
-    def _read(self, layer: int, batch: int) -> Tensor:
+    def _path(self, item: str) -> Path:
         assert self._work is not None
-        return self._work.load(STAGE, self._item(layer, batch))[0]["hidden"]
+        return self._work.path(STAGE, item)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, ids_BL in enumerate(self._ids):
-            hidden_BLH = self._hidden[batch] if self._in_memory else self._read(self.layer, batch)
-            yield ids_BL, hidden_BLH.to(self._source.device)
+    def _store(self, layer: int, batch: int, passed: Passed) -> None:
+        assert self._work is not None
+        tensors, info = packed(passed)
+        self._work.commit(STAGE, self._item(layer, batch), tensors, {"passed": info})
+
+    def _read(self, layer: int, batch: int) -> Passed:
+        assert self._work is not None
+        tensors, info = self._work.load(STAGE, self._item(layer, batch))
+        return unpacked(tensors, info["passed"])
+
+    def _array(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Zeros, in memory or in a file."""
+        size = shape[0] * shape[1]
+        if self._fits(4 * size):
+            return torch.zeros(shape)
+        path = self._path(name).with_suffix(".bin")
+        with disk_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                # a disk that fills up under a mapped file would end the process
+                os.posix_fallocate(file.fileno(), 0, 4 * size)
+            mapped = torch.from_file(str(path), shared=True, size=size).view(shape)
+            path.unlink()  # the space is given back with the tensor, or when the process is killed
+        return mapped
 
 
 def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, nn.Module]:
@@ -141,27 +190,31 @@ def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[st
         module = source.model.get_submodule(spec.name)
         layout = layout_of(spec.name, module)
         assert layout is not None
+        record = recorders.get(spec.name)
         if layout.called_one_by_one:
-            raise ModelError(
-                f"The experts '{spec.name}' ({type(module).__name__}) cannot be observed.",
-                why="The model calls them one by one, so that routing weights are not to be seen.",
-                remedy="Compress data-free (no `calibration` section).",
-            )
-        enter = partial(layout.enter, module, spec)
-        stand_ins[spec.name] = ObservedExperts(source.dense(spec), enter, recorders.get(spec.name))
+            names = tuple(dict.fromkeys(weight.partition(".")[0] for weight in layout.weight_names(module)))
+            has_keys = isinstance(module, nn.ModuleDict)
+            stand_ins[spec.name] = ObservedList(source.dense(spec), names, has_keys, record)
+        else:
+            stand_ins[spec.name] = ObservedExperts(source.dense(spec), partial(layout.enter, module, spec), record)
     return stand_ins
 
 
-def forwarded(
-    source: Source, arguments: LayerArguments, layer: int, batches: Iterator[tuple[Tensor, Tensor]]
-) -> Iterator[Tensor]:
-    """Hidden states [B,L,H] after one decoder layer, batch by batch, from batches of token ids and hidden states.
+def forwarded(source: Source, arguments: LayerArguments, batches: Sequence[Tensor], progress: Done) -> list[Passed]:
+    """Carries batches of token ids through all layers, one of them in memory at a time; `progress` is told after each.
 
     Dense experts stay in the precision they are stored in, so that a layer takes no more memory than on disk.
+
+    Returns:
+        what the layers gave for each batch, for `LayerArguments.logits`.
     """
-    prefix = f"{source.layers_path}.{layer}."
-    experts = observed(source, [spec for spec in source.specs if spec.layer == layer], {})
-    inside = {path.removeprefix(prefix): stand_in for path, stand_in in experts.items()}
-    with source.layer(layer) as module:
-        for out_BLH, _ in pass_through(arguments, layer, module, inside, batches):
-            yield out_BLH
+    carried: list[Passed] = [()] * len(batches)
+    for layer, path in enumerate(source.layers.paths):
+        experts = observed(source, [spec for spec in source.specs if source.layers.of(spec.name) == layer], {})
+        inside = {name.removeprefix(f"{path}."): stand_in for name, stand_in in experts.items()}
+        with source.layer(layer) as module:
+            outputs = pass_through(arguments, module, inside, iter(list(zip(batches, carried, strict=True))))
+            for batch, (passed, _) in enumerate(outputs):
+                carried[batch] = passed
+        progress(layer + 1)
+    return carried

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from molae_compress.adapters.skeleton import model_class, read_config
-from molae_compress.calibration.walk import LayerArguments
+from molae_compress.calibration.walk import LayerArguments, model_inputs
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
 from molae_compress.modeling.latent import LatentExperts
@@ -145,7 +145,8 @@ def _loading(folder: Path, trust_remote_code: bool) -> tuple[bool, str]:
         kind, keys = next(iter(wrong.items()))
         return False, f"from_pretrained reports {kind}: {keys[0]} and {len(keys) - 1} more"
     with torch.no_grad():
-        loaded_TV = model.eval()(input_ids=_probe_ids(source)).logits[0].float()
+        out = model.eval()(**model_inputs(model, _probe_ids(source)))
+    loaded_TV = (out.logits if hasattr(out, "logits") else out[0])[0].float()
     streamed_TV = probe(source)
     off = float((loaded_TV - streamed_TV).abs().max() / streamed_TV.abs().max())
     return off < 1e-3, f"from_pretrained and the forward layer by layer differ by {off:.1e} of the largest logit"
@@ -154,12 +155,10 @@ def _loading(folder: Path, trust_remote_code: bool) -> tuple[bool, str]:
 def probe(source: DiskSource) -> Tensor:
     """[T,V] float32: logits of a few fixed tokens, one layer in memory at a time."""
     ids_1T = _probe_ids(source)
-    arguments = LayerArguments(source.model, source.layers, source.device)
+    arguments = LayerArguments(source.model, source.layers.paths, source.device)
     with source.ends(head=True), torch.no_grad():
-        hidden_1TH = arguments.embedded(ids_1T)
-        for layer in range(len(source.layers)):
-            (hidden_1TH,) = forwarded(source, arguments, layer, iter([(ids_1T, hidden_1TH)]))
-        return arguments.logits(ids_1T, hidden_1TH)[0].float()
+        (passed,) = forwarded(source, arguments, [ids_1T], lambda _: None)
+        return arguments.logits(ids_1T, passed)[0].float()
 
 
 def _probe_ids(source: DiskSource) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from molae_compress.adapters import decoder_layers, find_experts
+from molae_compress.adapters import find_experts, layers_with_experts
 from molae_compress.errors import ModelError
 from molae_compress.layouts import dense_experts, layout_of, weight_names
 from molae_compress.tensors import ExpertsSpec
@@ -36,9 +36,8 @@ def test_families_are_described_alike_live_and_on_meta(family: str) -> None:
     assert find_experts(model) == find_experts(on_meta(family)) == expected_specs(family)
     with torch.inference_mode():
         assert find_experts(model) == expected_specs(family)
-    path, layers = decoder_layers(model)
-    assert path == "model.layers"
-    assert layers is model.model.layers
+    paths = layers_with_experts(model).paths
+    assert paths == tuple(f"model.layers.{number}" for number in range(len(model.model.layers)))
 
 
 def test_dense_weights_compute_what_the_module_computes(family: str) -> None:
@@ -139,7 +138,7 @@ def test_a_dense_model_is_refused_with_what_was_looked_at() -> None:
     assert "named after experts: none" in str(refusal.value)
     model.model.expert_gate = nn.Linear(4, 4)
     with pytest.raises(ModelError, match=r"'model\.expert_gate' \(Linear\)"):
-        decoder_layers(model)
+        layers_with_experts(model)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +189,10 @@ def test_experts_per_token_come_from_the_router_or_the_configuration() -> None:
         find_experts(model)
 
 
-def test_experts_in_several_stacks_have_no_one_list_of_layers() -> None:
+def test_the_layers_of_an_encoder_come_first() -> None:
     model = tiny_model("olmoe")
     model.encoder = nn.ModuleList([tiny_model("olmoe").model.layers[0]])
-    with pytest.raises(ModelError, match=r"2 stacks of layers: encoder, model\.layers"):
-        decoder_layers(model)
+    assert layers_with_experts(model).paths == ("encoder.0", "model.layers.0", "model.layers.1")
 
 
 def test_saved_tiny_models_are_complete(family: str, checkpoint: Any, sharded_checkpoint: Any) -> None:

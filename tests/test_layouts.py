@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from molae_compress import compress_, expand_, run
 from molae_compress.adapters import find_experts
+from molae_compress.compress import Run
 from molae_compress.errors import ModelError
 from molae_compress.inspection import inspect
 from molae_compress.layouts import Layout, Weights, gated, layouts
 from molae_compress.layouts.lists import ExpertList
 from molae_compress.layouts.registry import GROUP
 from molae_compress.modeling import LatentExperts
-from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, tiny_ids, tiny_model
-from tests.zoo import zoo_logits, zoo_model
+from tests.runs import TEXT
+from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, tiny_ids, tiny_model, tiny_tokenizer
+from tests.zoo import MODELS, zoo_config, zoo_logits, zoo_model
 
 FULL = {"molae": 1, "budget": {"rank": "full"}}
 HALF = {"molae": 1, "budget": {"rank": 8}}
@@ -155,10 +158,17 @@ def test_experts_in_a_list_of_remote_code_need_no_layout(remote_folder: Path, tm
     assert report.rule == ExpertList.rule
 
 
-def test_experts_called_one_by_one_cannot_be_observed(remote_folder: Path) -> None:
-    recipe = {**HALF, "calibration": {"samples": 2, "sequence_length": 9}}
-    with pytest.raises(ModelError, match="calls them one by one"):
-        compress_(load_remote(remote_folder), recipe, data=tiny_ids())
+def test_experts_called_one_by_one_are_calibrated_alike_on_disk_and_in_memory(remote_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(remote_folder, tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    calibration = {"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 16, "batch_size": 2}
+    recipe = {**HALF, "calibration": calibration, "refit": {"sequential": True}}
+    run({**recipe, "model": str(tmp_path / "dense")}, tmp_path / "latent", device="cpu", trust_remote_code=True)
+    model = load_remote(remote_folder)
+    report = compress_(model, recipe, data=[TEXT], tokenizer=tiny_tokenizer())
+    assert [sum(layer.tokens_per_expert) for layer in report.layers] == [2 * 4 * 16] * 2
+    torch.testing.assert_close(logits(load_remote(tmp_path / "latent")), logits(model))
 
 
 def test_a_latent_list_is_taken_apart_like_the_original(remote_folder: Path) -> None:
@@ -369,6 +379,44 @@ def test_odd_layouts_are_observed_as_they_compute(name: str) -> None:
     torch.testing.assert_close(zoo_logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("profile", ["quality", "serving"])
+def test_experts_in_a_latent_space_of_the_model_are_compressed_inside_it(profile: str, tmp_path: Path) -> None:
+    model_class = transformers.NemotronHForCausalLM
+    config = zoo_config(model_class)
+    config.moe_latent_size = 24
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0.0, 0.2)
+    expected = zoo_logits(model)
+    assert {spec.hidden for spec in find_experts(model)} == {24}
+    model.save_pretrained(tmp_path / "dense")
+    recipe = {**FULL, "basis": {"profile": profile}, "model": str(tmp_path / "dense")}
+    run(recipe, tmp_path / "latent", device="cpu")
+    loaded: Any = model_class.from_pretrained(tmp_path / "latent", output_loading_info=True)
+    assert not any(loaded[1].values())
+    torch.testing.assert_close(zoo_logits(loaded[0].eval()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ignored", ["text_moe", "vision_moe"])
+def test_experts_that_are_stored_together_are_not_parted(
+    ignored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo_model("Ernie4_5_VLMoeForConditionalGeneration")
+    model.save_pretrained(tmp_path / "dense")
+    recipe = {**HALF, "ignore": [f"re:.*{ignored}.*"]}
+    monkeypatch.setattr(Run, "solve_layers", lambda *_: pytest.fail("solves what could not be saved"))
+    for attempt in (
+        lambda: compress_(model, recipe),
+        lambda: run({**recipe, "model": str(tmp_path / "dense")}, tmp_path / "latent", device="cpu"),
+    ):
+        with pytest.raises(ModelError, match=rf"{ignored}\.experts' would stay dense.*stores both together") as refusal:
+            attempt()
+        assert "`ignore`" in refusal.value.remedy
+    assert not any(isinstance(module, LatentExperts) for module in model.modules())
+
+
 def test_slots_without_an_expert_add_nothing() -> None:
     model = tiny_model("olmoe")
     compress_(model, HALF)
@@ -401,16 +449,28 @@ def experts_classes(tree: ast.Module) -> Iterator[tuple[str, bool]]:
                 yield node.name, decorated
 
 
-def test_no_experts_class_of_the_installed_transformers_is_unknown() -> None:
-    root = Path(transformers.__file__).parent / "models"
-    unknown = set()
-    for file in sorted(root.glob("*/modeling_*.py")):
+def installed_experts() -> Iterator[tuple[str, str, bool]]:
+    """Model, name, and whether it is decorated, of every class of the installed transformers that looks like experts."""
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         text = file.read_text(encoding="utf-8")
-        if "Expert" not in text:
-            continue
-        for name, decorated in experts_classes(ast.parse(text)):
-            module = type(name, (nn.ModuleDict,), {})()
-            known = decorated or name in NOT_ROUTED or any(layout.matches("x.experts", module) for layout in layouts())
-            if not known:
-                unknown.add(f"{file.parent.name}.{name}")
+        if "Expert" in text:
+            yield from ((file.parent.name, name, decorated) for name, decorated in experts_classes(ast.parse(text)))
+
+
+def test_no_experts_class_of_the_installed_transformers_is_unknown() -> None:
+    unknown = set()
+    for model, name, decorated in installed_experts():
+        module = type(name, (nn.ModuleDict,), {})()
+        known = decorated or name in NOT_ROUTED or any(layout.matches("x.experts", module) for layout in layouts())
+        if not known:
+            unknown.add(f"{model}.{name}")
     assert not unknown, f"transformers {transformers.__version__} has experts that no layout knows: {sorted(unknown)}"
+
+
+def test_every_experts_class_of_the_installed_transformers_is_built_in_the_zoo() -> None:
+    # A class of the zoo whose small configuration has dense layers only would pass every other test.
+    classes = [getattr(transformers, name) for name in MODELS]
+    with torch.device("meta"):
+        built = {type(module).__name__ for found in classes for module in found(zoo_config(found)).modules()}
+    missing = {f"{model}.{name}" for model, name, _ in installed_experts() if name not in built}
+    assert missing == {"qwen3_omni_moe.Qwen3OmniMoeTalkerTextExperts"}, "a small model in tests/zoo.py should hold them"

@@ -9,17 +9,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
-from molae_compress import compress_, expand, expand_, run
+from molae_compress import compress_, expand, expand_, run, verify
 from molae_compress.adapters import find_experts
+from molae_compress.calibration.replay import of_window, packed, unpacked
+from molae_compress.calibration.text import token_windows
+from molae_compress.calibration.walk import LayerArguments, model_inputs
 from molae_compress.errors import ModelError, MolaeError
 from molae_compress.layouts import FLAGS
 from molae_compress.modeling import LatentExperts
-from tests.zoo import MODELS, TEXT_MODEL_OF, zoo_config, zoo_logits, zoo_model
+from molae_compress.source import LiveSource, load_tokenizer
+from molae_compress.stream import forwarded
+from tests.zoo import MODELS, NO_BASIS, NO_LAYER_FORM, TEXT_MODEL_OF, VOCABULARY, zoo_config, zoo_logits, zoo_model
 
 transformers_logging.disable_progress_bar()
 
@@ -32,14 +40,24 @@ UNDECORATED = {
     "Step3p7Experts",
     "SwitchTransformersExperts",
 }
+# Whose layers tell each other more than hidden states, lie in two stacks, or have experts that see no text.
+ODD = (
+    "DeepseekV4ForCausalLM",
+    "DiffusionGemmaForBlockDiffusion",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Glm5NextForConditionalGeneration",
+    "GlmMoeDsaForCausalLM",
+    "HYV4ForCausalLM",
+    "Llama4ForCausalLM",
+    "NllbMoeForConditionalGeneration",
+    "SwitchTransformersForConditionalGeneration",
+    "ZayaForCausalLM",
+)
+# Tokens beyond an expert's capacity, and those of experts that are identities, have no expert.
+SOME_WITHOUT_EXPERT = ("LongcatFlashForCausalLM", "SwitchTransformersForConditionalGeneration")
+CALIBRATION = {"samples": 6, "sequence_length": 16, "batch_size": 2}
 FULL = {"molae": 1, "budget": {"rank": "full"}}
 HALF = {"molae": 1, "budget": {"rank": 8}}
-# What cannot be done, with the words of the refusal that says so.
-NO_BASIS = {"DogeForCausalLM": "one row and one column each"}
-NO_LAYER_FORM = {
-    "MuseSparkForConditionalGeneration": "normalises the output of each expert",
-    "InklingForConditionalGeneration": "would not load",
-}
 
 
 @pytest.fixture(params=[name for name in MODELS if name not in NO_BASIS])
@@ -125,6 +143,86 @@ def test_streamed_from_disk_it_is_the_same(name: str, tmp_path: Path) -> None:
     assert_same(zoo_logits(loaded), expected, 1e-5)
     expand(tmp_path / "latent", tmp_path / "expanded")
     assert_same(zoo_logits(load(tmp_path / "expanded", type(model))), expected, 1e-4)
+
+
+def test_layer_by_layer_it_computes_the_same(name: str) -> None:
+    source = LiveSource.of(zoo_model(name))
+    ids_NL = torch.randint(5, VOCABULARY - 5, (3, 13), generator=torch.Generator().manual_seed(1))
+    batches = ids_NL.split(2)
+    arguments = LayerArguments(source.model, source.layers.paths, source.device)
+    with torch.no_grad():
+        out = source.model(**model_inputs(source.model, ids_NL))
+        carried = forwarded(source, arguments, batches, lambda _: None)
+        carried = [unpacked(*packed(passed)) for passed in carried]
+        found = [arguments.logits(*batch) for batch in zip(batches, carried, strict=True)]
+        alone = arguments.logits(ids_NL[1:2], of_window(carried[0], 1, 2))
+    expected = out.logits if "logits" in out else out[0]
+    assert_same(torch.cat(found), expected, 1e-5)
+    assert_same(alone, expected[1:2], 1e-5)
+
+
+def test_calibrated_every_module_sees_every_token(name: str) -> None:
+    for budget in ({"rank": 8}, {"keep": 0.6}) if name in ODD else ({"rank": 8},):
+        model = zoo_model(name)
+        specs = find_experts(model)
+        ids_NL = torch.randint(5, VOCABULARY - 5, (6, 16), generator=torch.Generator().manual_seed(1))
+        report = compress_(model, {"molae": 1, "budget": budget, "calibration": CALIBRATION}, data=ids_NL)
+        assert zoo_logits(model).isfinite().all()
+        unseen = [layer.name for layer in report.layers if not any(layer.tokens_per_expert)]
+        assert unseen == [spec.name for spec in specs if "vision_moe" in spec.name]
+        said = [warning for warning in report.warnings if "fitted without data" in warning]
+        assert len(said) == len(unseen)
+        assert all(f"such as '{path}'" in warning for path, warning in zip(unseen, said, strict=True))
+        for spec, layer in zip(specs, report.layers, strict=True):
+            if spec.name in unseen:
+                assert layer.err_h is None
+                continue
+            assert layer.err_h is not None
+            assert 0 < layer.err_h < 100
+            tokens = sum(layer.tokens_per_expert)
+            if name in SOME_WITHOUT_EXPERT:
+                assert ids_NL.numel() * spec.top_k / 2 < tokens < ids_NL.numel() * spec.top_k
+            else:
+                assert tokens == ids_NL.numel() * spec.top_k
+            # one window, of rows for every expert of a token where they read different inputs
+            assert layer.tokens_measured == ids_NL.shape[1] * (spec.top_k if "Llama4" in name else 1)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["dense past", "sequential"])
+@pytest.mark.parametrize("name", ODD)
+def test_streamed_and_calibrated_it_is_the_same(name: str, sequential: bool, tmp_path: Path) -> None:
+    model, folder = zoo_model(name), tmp_path / "dense"
+    model.save_pretrained(folder)
+    tokens = Tokenizer(WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w3"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="w3", eos_token="w2").save_pretrained(folder)
+    text = " ".join(f"w{5 + token * token * 7 % (VOCABULARY - 10)}" for token in range(150))
+    (tmp_path / "text.txt").write_text(text)
+    data = {"data": str(tmp_path / "text.txt")}
+    recipe = {**HALF, "calibration": {**CALIBRATION, **data}, "refit": {"sequential": sequential}}
+    evaluate = {**data, "samples": 3, "sequence_length": 16, "batch_size": 3}  # some experts' capacity depends on the batch
+    streamed = {**recipe, "model": str(folder), "evaluate": evaluate}
+    if sequential:  # cut off in the middle first
+
+        def cut(stage: str, done: int, _: int) -> None:
+            if (stage, done) == ("solve", 1):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(streamed, tmp_path / "latent", device="cpu", max_memory=0, progress=cut)
+    report = run(streamed, tmp_path / "latent", device="cpu", max_memory=0)
+    assert report.evaluation is not None
+    assert 0 < report.evaluation["kl"] < 2
+    tokenizer = load_tokenizer(folder)
+    windows = token_windows([[text]], tokenizer, samples=3, sequence_length=16, seed=None)
+    with torch.no_grad():
+        logits = model(**model_inputs(model, windows)).logits
+    logits = logits[:, 1:] if "decoder_input_ids" in model_inputs(model, windows) else logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert report.evaluation["original_perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    compress_(model, recipe, data=[text], tokenizer=tokenizer)
+    assert_same(zoo_logits(load(tmp_path / "latent", type(model))), zoo_logits(model), 1e-5)
+    assert verify(tmp_path / "latent").passed
 
 
 def test_the_text_model_of_a_composite_loads_alone(tmp_path: Path) -> None:

@@ -258,6 +258,12 @@ TEXT_MODEL_OF = {
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerTextModel",
     "Qwen3OmniMoeThinkerForConditionalGeneration": "Qwen3OmniMoeThinkerTextModel",
 }
+# What cannot be done, with the words of the refusal that says so.
+NO_BASIS = {"DogeForCausalLM": "one row and one column each"}
+NO_LAYER_FORM = {
+    "MuseSparkForConditionalGeneration": "normalises the output of each expert",
+    "InklingForConditionalGeneration": "would not load",
+}
 
 
 def zoo_config(model_class: type[PreTrainedModel]) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -51,28 +52,38 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     return specs
 
 
-def decoder_layers(model: nn.Module, experts: Iterable[str] | None = None) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers that holds all experts modules: its path inside the model, and the list itself.
+@dataclass(frozen=True)
+class Layers:
+    """The layers of all lists of layers that hold experts, in the order in which the model calls them.
+
+    Attributes:
+        paths: of every layer inside the model.
+    """
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def of(self, name: str) -> int:
+        """Number of the layer that the module `name` lies in."""
+        return next(number for number, path in enumerate(self.paths) if name.startswith(f"{path}."))
+
+
+def layers_with_experts(model: nn.Module, experts: Iterable[str] | None = None) -> Layers:
+    """The lists of layers that hold experts modules, one list after the other: that of an encoder before a decoder's.
 
     Args:
         model: a transformers model.
         experts: paths of the experts modules; by default those `find_experts` finds.
 
     Raises:
-        ModelError: as `find_experts`, or the experts lie in several stacks of layers (encoder and decoder, say).
+        ModelError: as `find_experts`, or experts lie in no list of layers.
     """
     names = experts if experts is not None else [spec.name for spec in find_experts(model)]
-    paths = {_stack_path(model, name) for name in names}
-    if len(paths) != 1:
-        raise ModelError(
-            f"The experts of {type(model).__name__} lie in {len(paths)} stacks of layers: {_listed(sorted(paths))}.",
-            why="Calibration walks one stack of decoder layers.",
-            remedy="Compress data-free (no `calibration` section), or a model with one stack.",
-        )
-    path = paths.pop()
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return path, layers
+    stacks = list(dict.fromkeys(_stack_path(model, name) for name in names))
+    stacks.sort(key=lambda path: "encoder" not in path.split("."))
+    return Layers(tuple(f"{path}.{child}" for path in stacks for child, _ in model.get_submodule(path).named_children()))
 
 
 def _outermost_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

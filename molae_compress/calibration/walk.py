@@ -1,35 +1,44 @@
-"""Calibration tokens carried through a model, one decoder layer at a time.
+"""Calibration tokens carried through a model, one layer at a time.
 
-Each decoder layer is called outside the model's own forward, with the arguments the model would have given it: they
-are recorded from the model itself, run with every layer replaced by a pass-through, so that masks, rotary tables and
-per-layer-type arguments of hybrid models are right without knowing any of them. Recording costs one embedding and
-one mask; nothing is kept between layers but the hidden states.
+Each layer is called outside the model's own forward, with the arguments the model itself gives it: the model runs with
+stubs in place of its layers, those already passed giving again what they gave, the next one handing its arguments over.
+Masks, rotary tables, what layers tell each other and what lies between two stacks of them (the end of an encoder, say) are
+so the model's own, without knowing any of it. Recording costs one embedding and one mask.
 Shape suffixes: N windows, B windows of one batch, L tokens of one window; T = N*L; the rest as in `molae_compress.tensors`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from molae_compress.calibration.one_by_one import ObservedList
+from molae_compress.calibration.replay import (
+    Follower,
+    Given,
+    Gone,
+    Passed,
+    Slot,
+    leaves,
+    resting,
+    write_again,
+    writing,
+)
 from molae_compress.errors import ModelError
 from molae_compress.layouts import Call
 from molae_compress.tensors import DenseExperts, ExpertsSpec
 
 Enter = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]  # the arguments of one call, normalised
-_WRAPPINGS: tuple[Callable[[Tensor], Any], ...] = (
-    lambda x: x,
-    lambda x: (x,),
-    lambda x: (x, None),
-    lambda x: (x, None, None),
-)
+Allocate = Callable[[tuple[int, int]], Tensor]  # zeros, float32
+REMEDY = "Compress data-free (no `calibration` section), or report the architecture."
 
 
 @dataclass
@@ -84,59 +93,67 @@ class ObservedExperts(nn.Module):
 
 
 class Recorder:
-    """Collects `RoutedTokens` of one experts module into arrays of their final size, in memory or in a file."""
+    """Collects `RoutedTokens` of one experts module into arrays of their final size, which `allocate` makes.
 
-    def __init__(self, spec: ExpertsSpec, tokens: int, folder: Path | None) -> None:
+    A module may be called with several rows for a token, one block of all tokens after the other (where routing weights
+    are applied to inputs, these differ by expert). Each row then counts as a token of its own, of a share of the energy,
+    so that errors of a token's experts add up as if they were uncorrelated.
+    """
+
+    def __init__(self, spec: ExpertsSpec, tokens: int, allocate: Allocate) -> None:
+        self._hidden, self._tokens, self._allocate = spec.hidden, tokens, allocate
         self._filled = 0
-        self._x_TH = _array((tokens, spec.hidden), folder, f"{spec.name}.inputs")
-        self._index_TK = torch.zeros(tokens, 0, dtype=torch.int64)
-        self._gate_TK = torch.zeros(tokens, 0)
+        self._rows = 1
+        self._x_TH: Tensor | None = None
+        self._index_TK = torch.zeros(0, 0, dtype=torch.int64)
+        self._gate_TK = torch.zeros(0, 0)
+        self.batch = tokens
 
     def __call__(self, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> None:
-        """Appends one batch's rows, in token order."""
-        if self._filled == 0:
-            self._index_TK = torch.zeros(len(self._x_TH), index_TK.shape[1], dtype=torch.int64)
-            self._gate_TK = torch.zeros(len(self._x_TH), index_TK.shape[1])
+        """Appends what a call saw of `batch` tokens, in token order."""
+        if not len(x_TH):
+            return
+        if self._x_TH is None:
+            self._rows = max(1, len(x_TH) // self.batch)
+            total = self._tokens * self._rows
+            self._x_TH = self._allocate((total, self._hidden))
+            self._index_TK = torch.zeros(total, index_TK.shape[1], dtype=torch.int64)
+            self._gate_TK = torch.zeros(total, index_TK.shape[1])
         rows = slice(self._filled, self._filled + len(x_TH))
-        if rows.stop <= len(self._x_TH):
-            self._x_TH[rows], self._index_TK[rows], self._gate_TK[rows] = x_TH, index_TK, gate_TK
+        if rows.stop <= len(self._x_TH) and len(x_TH) == self._rows * self.batch:
+            held = (self._x_TH, self._index_TK, self._gate_TK)
+            for array, seen in zip(held, (x_TH, index_TK, gate_TK), strict=True):
+                array[rows] = seen.unflatten(0, (self._rows, self.batch)).transpose(0, 1).flatten(0, 1)
         self._filled = rows.stop
 
-    def tokens(self, name: str, energy_T: Tensor) -> RoutedTokens:
-        """Everything recorded; raises `ModelError` if the module was not called once for every token."""
-        if self._filled != len(energy_T):
+    def tokens(self, name: str, energy_T: Tensor) -> RoutedTokens | None:
+        """Everything recorded; None if the module was never called.
+
+        Raises:
+            ModelError: it was called, but not once for every token.
+        """
+        if self._x_TH is None:
+            return None
+        if self._filled != len(energy_T) * self._rows:
             raise ModelError(
-                f"Experts module '{name}' saw {self._filled} of {len(energy_T)} calibration tokens.",
+                f"Experts module '{name}' saw {self._filled} of {len(energy_T) * self._rows} calibration tokens.",
                 why="The model does not send every token through it once, so what it saw cannot be matched to tokens.",
                 remedy="List it under `ignore`, or compress data-free (no `calibration.data`).",
             )
+        energy_T = (energy_T / self._rows).repeat_interleave(self._rows)
         return RoutedTokens(self._x_TH, self._index_TK, self._gate_TK, energy_T)
 
 
-def _array(shape: tuple[int, int], folder: Path | None, name: str) -> Tensor:
-    if folder is None:
-        return torch.zeros(shape)
-    path, size = folder / f"{name}.bin", shape[0] * shape[1]
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 4 * size)  # a disk that fills up under a mapped file would end the process
-    mapped = torch.from_file(str(path), shared=True, size=size).view(shape)
-    path.unlink()  # the space is given back with the tensor, or when the process is killed
-    return mapped
-
-
 class _Captured(Exception):
-    """Carries a layer's arguments out of the model's forward."""
+    """Carries what is wanted of a layer's arguments out of the model's forward."""
 
 
 class _Stub(nn.Module):
-    """A decoder layer that passes hidden states on, or hands its arguments over and stops the forward."""
+    """Stands for a layer in the model's own forward; what it does when called is up to `call`."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
-        self._layer = (layer,)
-        self.wrap = _WRAPPINGS[0]
-        self.stop = False
-        self.replacement: Tensor | None = None
+        self._layer, self._call = (layer,), call
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,111 +162,231 @@ class _Stub(nn.Module):
             return getattr(self.__dict__["_layer"][0], name)  # models read attributes such as attention_type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stop:
-            raise _Captured((args, kwargs))
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return self.wrap(hidden if self.replacement is None else self.replacement)
+        return self._call(args, kwargs)
 
 
 class LayerArguments:
-    """Hidden states before the first decoder layer, and the other arguments of any layer, from the model itself."""
+    """What the model itself gives its layers, and makes of what they give.
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, device: torch.device) -> None:
+    Args:
+        model: whose parts outside the layers have their weights whenever this is used.
+        layers: paths of the layers, in the order in which the model calls them.
+        device: where the model is.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], device: torch.device) -> None:
         self._model, self._layers, self._device = model, layers, device
-        self._wrap: Callable[[Tensor], Any] | None = None
 
-    def of(self, layer: int, ids_BL: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments the model gives decoder layer `layer` for these tokens."""
-        cause: Exception | None = None
-        for wrap in (self._wrap,) if self._wrap is not None else _WRAPPINGS:
-            try:
-                args, kwargs = self._capture(layer, ids_BL, wrap)
-            except (AttributeError, TypeError, IndexError, ValueError) as error:
-                cause = error  # this wrapping is not what the model expects of a layer
-                continue
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(hidden, Tensor) and hidden.dim() == 3:
-                if layer > 0:  # before layer 0 nothing has been wrapped yet
-                    self._wrap = wrap
-                return args, kwargs
-        raise ModelError(
-            f"The arguments of decoder layer {layer} could not be recorded from {type(self._model).__name__}.",
-            why="Its layers pass more to each other than hidden states.",
-            remedy="Compress data-free (no `calibration` section), or report the architecture.",
-        ) from cause
+    @property
+    def shifted(self) -> bool:
+        """Whether the model predicts each token at its own place, being given the one before; else at the place before."""
+        return "decoder_input_ids" in model_inputs(self._model, torch.zeros(1, 1, dtype=torch.int64))
 
-    def _capture(self, layer: int, ids_BL: Tensor, wrap: Callable[[Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        with self._stubbed(wrap) as stubs:
-            stubs[layer].stop = True
-            try:
-                self._model(input_ids=ids_BL.to(self._device), use_cache=False)
-            except _Captured as captured:
-                args, kwargs = captured.args[0]
-                return args, kwargs
-        raise AssertionError(f"decoder layer {layer} was not called")
+    def of(self, ids_BL: Tensor, passed: Passed) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Positional and keyword arguments of the next layer for these tokens; None if the model does not call it."""
+
+        def take(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (args, kwargs) if index == len(passed) else None
+
+        found: tuple[tuple[Any, ...], dict[str, Any]] | None = self._captured(ids_BL, self._again(passed), take)
+        return found
+
+    def call(self, module: nn.Module, ids_BL: Tensor, passed: Passed) -> Given | None:
+        """Calls `module`, which is the next layer, as the model would; None if the model does not.
+
+        Args:
+            module: the layer.
+            ids_BL: token ids.
+            passed: what the layers before gave for them.
+        """
+        found = self.of(ids_BL, passed)
+        if found is None:
+            return None
+        with writing(*found) as written:
+            returned = module(*found[0], **found[1])
+        return Given(returned, written)
+
+    def needed(self, ids_BL: Tensor, passed: Passed) -> set[Slot]:
+        """Which tensors of `passed` the rest of the forward can still use, where it calls the next layer, or the head."""
+        again, follower = self._again(passed), Follower()
+        _follow(follower, again, passed)
+        with follower:
+            found: set[Slot] | None = self._captured(ids_BL, again, lambda *_: follower.needed())
+        if found is None:  # without a head nobody can tell
+            return {(layer, i) for layer, given in enumerate(passed) if given for i in range(len(given.leaves()))}
+        return found
+
+    def logits(self, ids_BL: Tensor, passed: Passed) -> Tensor:
+        """[B,L,V]: what the model makes of its last layer: final norm, head and any scaling; [B,L,H] without a head."""
+        with self._stubbed(self._again(passed), lambda *_: None):
+            out = self._model(**model_inputs(self._model, ids_BL.to(self._device)))
+        logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+        return logits
+
+    def _captured(
+        self, ids_BL: Tensor, again: list[Given | None], take: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> Any:
+        """What `take` makes of the next layer that is called and its arguments, or of the head, inside the forward."""
+
+        def called(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _Captured(take(index, args, kwargs))
+
+        def ends(*_: Any) -> Any:
+            raise _Captured(take(len(self._layers), (), {}))
+
+        head = self._model.get_output_embeddings() if isinstance(self._model, PreTrainedModel) else None
+        hook = head.register_forward_pre_hook(ends) if head is not None else None
+        try:
+            with self._stubbed(again, called):
+                self._model(**model_inputs(self._model, ids_BL.to(self._device)))
+        except _Captured as captured:
+            return captured.args[0]
+        except (AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
+            raise ModelError(
+                f"The arguments of layer '{self._layers[len(again)]}' could not be recorded from "
+                f"{type(self._model).__name__}.",
+                why=f"Its forward ends with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                remedy=REMEDY,
+            ) from error
+        finally:
+            if hook is not None:
+                hook.remove()
+        return None
 
     @contextmanager
-    def _stubbed(self, wrap: Callable[[Tensor], Any]) -> Iterator[list[_Stub]]:
-        """The model with every decoder layer replaced by a pass-through."""
-        originals = list(self._layers)
-        stubs = [_Stub(original) for original in originals]
+    def _stubbed(
+        self, again: list[Given | None], called: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> Iterator[None]:
+        """The model with a stub for every layer: those passed give again what they gave, once; any other is `called`."""
+        place, passed = 0, len(again)
+
+        def answer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal place
+            while place < min(index, passed) and again[place] is None:
+                place += 1
+            if index >= passed and place == passed:
+                return called(index, args, kwargs)
+            given = again[index] if index == place else None
+            if given is None:
+                raise ModelError(
+                    f"{type(self._model).__name__} calls its layer '{self._layers[index]}' out of turn.",
+                    why="Layers are walked one by one, each once and in one order.",
+                    remedy=REMEDY,
+                )
+            place += 1
+            again[index] = None  # nothing but the model may hold what it is given
+            write_again(given.written, args, kwargs)
+            return given.returned
+
+        originals = {path: self._model.get_submodule(path) for path in self._layers}
         try:
-            for index, stub in enumerate(stubs):
-                stub.wrap = wrap
-                self._layers[index] = stub
-            yield stubs
+            for index, (path, original) in enumerate(originals.items()):
+                set_submodule(self._model, path, _Stub(original, partial(answer, index)))
+            yield
         finally:
-            for index, original in enumerate(originals):
-                self._layers[index] = original
+            for path, original in originals.items():
+                set_submodule(self._model, path, original)
 
-    def embedded(self, ids_BL: Tensor) -> Tensor:
-        """[B,L,H]: hidden states before decoder layer 0."""
-        args, kwargs = self.of(0, ids_BL)
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden
+    def _again(self, passed: Passed) -> list[Given | None]:
+        """What layers gave, on the device, in tensors that nothing else uses; zeros for those that are gone."""
+        zeros: dict[Gone, Tensor] = {}
 
-    def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
-        """[B,L,V]: what the model makes of hidden states after its last layer: final norm, head and any scaling."""
-        if self._wrap is None and len(self._layers) > 1:
-            self.of(len(self._layers) - 1, ids_BL)  # settles what layers return
-        with self._stubbed(self._wrap or _WRAPPINGS[0]) as stubs:
-            stubs[-1].replacement = hidden_BLH
-            out: Tensor = self._model(input_ids=ids_BL.to(self._device), use_cache=False).logits
-        return out
+        def live(leaf: Tensor | Gone) -> Tensor:
+            if isinstance(leaf, Tensor):
+                return leaf.to(self._device, copy=True)
+            if leaf not in zeros:
+                zeros[leaf] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=self._device)
+            return zeros[leaf]
 
-    def call(self, layer: int, module: nn.Module, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
-        """[B,L,H]: decoder layer `layer`, here `module`, on given hidden states."""
-        args, kwargs = self.of(layer, ids_BL)
-        out = module(hidden_BLH, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": hidden_BLH})
-        result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-        return result
+        return [given.mapped(live) if given is not None else None for given in passed]
+
+
+def _follow(follower: Follower, again: Sequence[Given | None], passed: Passed) -> None:
+    """Follows what is not gone already."""
+    for layer, (copied, given) in enumerate(zip(again, passed, strict=True)):
+        if copied is not None and given is not None:
+            for i, (leaf, kept) in enumerate(zip(copied.leaves(), given.leaves(), strict=True)):
+                if isinstance(kept, Tensor) and isinstance(leaf, Tensor):
+                    follower.follow(leaf, frozenset({(layer, i)}))
+
+
+def model_inputs(model: nn.Module, ids_BL: Tensor) -> dict[str, Any]:
+    """Keyword arguments for a model's forward on windows of tokens.
+
+    What has a decoder of its own gets the same windows there, shifted right behind the token that it starts with, if any.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+        first_B1 = ids_BL[:, :1] if start is None else torch.full_like(ids_BL[:, :1], start)
+        inputs["decoder_input_ids"] = ids_BL if start is None else torch.cat([first_B1, ids_BL[:, :-1]], dim=1)
+    return inputs
 
 
 def pass_through(
     arguments: LayerArguments,
-    layer: int,
     module: nn.Module,
     experts: Mapping[str, nn.Module],
-    batches: Iterator[tuple[Tensor, Tensor]],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs batches of (token ids, hidden states) through one decoder layer.
+    batches: Iterator[tuple[Tensor, Passed]],
+    *,
+    advance: bool = True,
+) -> Iterator[tuple[Passed, Tensor]]:
+    """Runs batches through the next layer.
 
     Args:
+        module: the layer.
         experts: stand-ins for experts modules, by path inside the layer; in place only while a batch runs.
+        batches: token ids, and what the layers before gave for them.
+        advance: whether anything comes after; otherwise what this layer gives is not kept.
 
     Yields:
-        hidden states after the layer [B,L,H], and their squared norms [B*L], batch by batch.
+        what all layers up to this one gave, as far as it is needed, on the CPU; and the squared norms [B*L] of the
+        residual stream after the layer, float32 on the CPU. It is empty where the model does not call the layer.
+
+    Raises:
+        ModelError: the layer does not return hidden states of every token.
     """
-    for ids_BL, hidden_BLH in batches:
-        originals = {path: module.get_submodule(path) for path in experts}
+    needed: set[Slot] | None = None
+    for ids_BL, passed in batches:
+        with _in_place(module, experts):
+            given = arguments.call(module, ids_BL, passed)
+        energy_T = torch.zeros(0) if given is None else _energy(given, ids_BL.numel())
+        if not advance:
+            yield passed, energy_T
+            continue
+        passed = (*passed, given)
+        needed = arguments.needed(ids_BL, passed) if needed is None else needed
+        yield resting(passed, needed), energy_T
+
+
+@contextmanager
+def _in_place(module: nn.Module, experts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The layer with stand-ins for its experts."""
+    originals = {path: module.get_submodule(path) for path in experts}
+    with ExitStack() as stack:
         for path, stand_in in experts.items():
+            stack.callback(set_submodule, module, path, originals[path])
             set_submodule(module, path, stand_in)
-        try:
-            out_BLH = arguments.call(layer, module, ids_BL, hidden_BLH)
-        finally:
-            for path, original in originals.items():
-                set_submodule(module, path, original)
-        yield out_BLH, out_BLH.flatten(0, 1).float().square().sum(1)
+            if isinstance(stand_in, ObservedList):
+                stack.enter_context(stand_in.watching(module.get_submodule(path.rpartition(".")[0])))
+        yield
+
+
+def _energy(given: Given, tokens: int) -> Tensor:
+    """[T] float32 on the CPU: |h|^2 of each token, the mean over streams where a layer carries several side by side."""
+    hidden = next((leaf for leaf in leaves(given.returned) if isinstance(leaf, Tensor)), None)
+    rows = 0 if hidden is None or not hidden.dim() else hidden.numel() // hidden.shape[-1]
+    if hidden is None or not hidden.is_floating_point() or not rows or rows % tokens:
+        found = "nothing" if hidden is None else f"a tensor of shape {tuple(hidden.shape)}"
+        raise ModelError(f"A layer returns {found} for {tokens} tokens.", why="These are no hidden states.", remedy=REMEDY)
+    energy_T = hidden.float().square().sum(-1).reshape(tokens, -1).mean(1).cpu()
+    if not energy_T.isfinite().all():
+        raise ModelError(
+            "A layer returns NaN or infinite hidden states for calibration tokens.",
+            why="Its weights are damaged, or the model does not work in the type it is computed in.",
+            remedy="Fetch the checkpoint again.",
+        )
+    return energy_T
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

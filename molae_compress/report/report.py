@@ -208,7 +208,13 @@ def warnings_for(
         samples: windows that the recipe asked for, where it decides how many there are.
     """
     found: list[str] = []
-    unseen = [layer for layer in layers if layer.unseen_experts]
+    missed = [layer.name for layer in layers if layer.tokens_per_expert and not any(layer.tokens_per_expert)]
+    if missed:
+        found.append(
+            f"{len(missed)} of {len(layers)} experts modules saw no calibration token (such as '{missed[0]}') and were "
+            "fitted without data. The model sends them inputs of another kind than text, or none."
+        )
+    unseen = [layer for layer in layers if layer.unseen_experts and layer.name not in missed]
     if unseen:
         experts = sum(layer.unseen_experts for layer in unseen)
         found.append(
