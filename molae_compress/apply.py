@@ -110,6 +110,7 @@ def run(
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
         with job.timed("observe"):
             shapes = job.run.shapes(job.copied_bytes())
+            replaced_keys(job.source, shapes)  # measured ranks may have left another set of modules dense
         with job.timed("solve"):
             job.run.solve_layers(shapes)
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk

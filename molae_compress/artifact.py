@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from molae_compress.adapters.keys import KeyMap
@@ -47,25 +47,37 @@ def check_names(keys: KeyMap, specs: Sequence[ExpertsSpec], shapes: Shapes) -> N
                 )
 
 
+def check_together(keys: Mapping[str, set[str]], shapes: Shapes) -> None:
+    """Refuses to leave experts dense that are stored together with experts that become latent.
+
+    Args:
+        keys: experts modules of the model, and the keys under which their weights are stored.
+        shapes: what becomes of them.
+    """
+    latent = {key: name for name, own in keys.items() if shapes.get(name) is not None for key in own}
+    for name, own in keys.items():
+        both = own & latent.keys() if shapes.get(name) is None else set()
+        if both:
+            raise ModelError(
+                f"The experts '{name}' would stay dense, but '{latent[min(both)]}' would not.",
+                why="The checkpoint stores both together.",
+                remedy="List both under `ignore`, or neither, and give a budget at which both become smaller.",
+            )
+
+
 def replaced_keys(source: DiskSource, shapes: Shapes) -> dict[str, list[str]]:
     """Keys of the checkpoint that latent modules replace, and the modules that replace each.
 
     Raises:
-        ModelError: experts that stay dense are stored together with experts that do not.
+        ModelError: as `check_together`.
     """
+    keys = {spec.name: source.expert_keys(spec) for spec in source.specs}
+    check_together(keys, shapes)
     replaced: dict[str, list[str]] = {}
-    for spec in source.specs:
-        if shapes.get(spec.name) is not None:
-            for key in source.expert_keys(spec):
-                replaced.setdefault(key, []).append(spec.name)
-    for spec in source.specs:
-        both = source.expert_keys(spec) & replaced.keys() if shapes.get(spec.name) is None else set()
-        if both:
-            raise ModelError(
-                f"The experts '{spec.name}' would stay dense, but '{replaced[min(both)][0]}' would not.",
-                why="The checkpoint stores both together.",
-                remedy="List both under `ignore`, or neither, and give a budget at which both become smaller.",
-            )
+    for name, own in keys.items():
+        if shapes.get(name) is not None:
+            for key in own:
+                replaced.setdefault(key, []).append(name)
     return replaced
 
 

@@ -178,7 +178,9 @@ def shapes_for(
     if after > before and rank != "full":
         raise RecipeError(
             f"The compressed experts would take {human_bytes(after)}, more than the {human_bytes(before)} of the original.",
-            why=f"`output.dtype: {recipe.output.dtype}` is wider than what the checkpoint holds.",
+            why=f"`output.dtype: {recipe.output.dtype}` is wider than what the checkpoint holds."
+            if recipe.output.dtype != "auto"
+            else "The model shares weights between experts modules, which no latent form does.",
             remedy="Use `output.dtype: auto`, or a smaller budget.",
         )
     return shapes

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molae_compress.adapters.keys import KeyMap
-from molae_compress.artifact import check_names
+from molae_compress.artifact import check_names, check_together
 from molae_compress.calibration.text import as_windows, data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
+from molae_compress.layouts import weight_names
 from molae_compress.modeling.quantizer import attach_, check_attachable
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
@@ -63,7 +64,9 @@ def compress_(
     model.eval()
     try:
         shapes = run.shapes()
-        check_names(KeyMap(model, ()), run.specs, shapes)
+        keys = KeyMap(model, ())
+        check_names(keys, run.specs, shapes)
+        check_together({spec.name: keys.collected(weight_names(model, spec.name)) for spec in source.specs}, shapes)
         run.solve_layers(shapes)
     finally:
         model.train(was_training)

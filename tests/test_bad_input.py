@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import molae_compress as molae
-from molae_compress import Recipe, apply
+from molae_compress import Recipe, apply, stream
 from molae_compress.checkpoint import Checkpoint, writer
 from molae_compress.errors import (
     CheckpointError,
@@ -218,7 +218,11 @@ def eight_bit_experts(folder: Path) -> None:
         (lambda f: edit_json(f / "config.json", num_hidden_layers=3), CheckpointError, "lacks"),
         (lambda f: edit_json(f / "config.json", model_type="qwen9_moe"), ModelError, "config.json"),
         (lambda f: edit_json(f / "config.json", hidden_size="wide"), ModelError, "config.json"),
-        (lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "x.Y"}), ModelError, "its own code"),
+        (
+            lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "x.Y"}, model_type="new"),
+            ModelError,
+            "its own code",
+        ),
         (lambda f: (f / "config.json").write_text("{"), ModelError, "not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), ModelError, "config.json"),
         (lambda f: (f / "config.json").unlink(), ModelError, "no config.json"),
@@ -350,8 +354,14 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], 
     ],
 )
 def test_a_disk_that_fills_up_in_the_middle(
-    checkpoint: CheckpointMaker, tmp_path: Path, full_disk: Callable[[str, int], None], part: str, room: int
+    checkpoint: CheckpointMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full_disk: Callable[[str, int], None],
+    part: str,
+    room: int,
 ) -> None:
+    monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
     recipe = recipe_for(checkpoint("qwen3_moe"))
     molae.run(recipe, tmp_path / "calm")
     full_disk(part, room)

@@ -20,6 +20,8 @@ from click.testing import CliRunner
 
 from molae_compress.cli import main
 from molae_compress.tensors import ExpertsSpec, LatentShape
+from tests import supported_models
+from tests.zoo import NO_BASIS, NO_LAYER_FORM
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -206,6 +208,27 @@ def test_the_format_page_names_every_tensor() -> None:
         names |= LatentShape("grouped", 2, 2, 2, 1, storage="interpolative").tensors(spec).keys()
     names |= {"encode_gate", "encode_up", "core.gate", "core.up"}
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+def test_the_page_of_models_is_what_the_models_are() -> None:
+    text = (ROOT / "docs" / "supported-models.md").read_text(encoding="utf-8")
+    assert supported_models.page() == text, f"run `{supported_models.COMMAND}`"
+    sections = dict(re.findall(r"^## (.+)\n\n((?:.|\n(?!## ))*)", text, re.MULTILINE))
+    for title, refused in (("Without the profile `serving`", NO_LAYER_FORM), ("Refused", NO_BASIS)):
+        listed = dict(re.findall(r"^- `(\w+)`: (.+)$", sections[title], re.MULTILINE))
+        assert listed.keys() == refused.keys()
+        assert all(reason in listed[name] for name, reason in refused.items())
+
+
+@pages
+def test_every_snippet_of_a_page_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"^(.+\.py):(\w+)$", text, re.MULTILINE)
+    assert "8 <" not in text, "a formatter took a snippet for code"
+    assert len(named) == (2 if page.name == "adapters.md" else 0)
+    for file, section in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert source.count(f"# --8<-- [start:{section}]\n") == source.count(f"# --8<-- [end:{section}]\n") == 1
 
 
 @pytest.fixture

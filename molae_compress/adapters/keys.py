@@ -129,6 +129,10 @@ class KeyMap:
         """
         return apply_renamings(name, self._save.renamings)
 
+    def collected(self, names: Iterable[str]) -> set[str]:
+        """The keys under which `save_pretrained` collects parameters: equal for those that it stores together."""
+        return {apply_converters(name, self._save.converters)[0] for name in names}
+
     def survives(self, name: str) -> bool:
         """Whether a parameter of this name is stored and loaded as it is.
 

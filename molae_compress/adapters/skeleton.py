@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from molae_compress.errors import ModelError
 
@@ -21,7 +21,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
     Raises:
         ModelError: there is none, transformers does not know its model type, or it needs code from the folder and
-            `trust_remote_code` is off.
+            `trust_remote_code` is off. Code for a type that transformers knows is not needed, and not run.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -30,7 +30,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"'{path}' is not valid JSON ({error}).", remedy="Fetch the file again.") from error
-    if "auto_map" in content and not trust_remote_code:
+    if "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
             f"The model in '{folder}' brings its own code ({content['auto_map']}).",
             why="Code from a model folder runs with your rights.",

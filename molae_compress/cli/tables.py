@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from molae_compress.errors import human_bytes
+
 if TYPE_CHECKING:
     from molae_compress import Evaluation, Report, Verification
     from molae_compress.inspection import Inspection
@@ -35,9 +37,11 @@ def show_inspection(found: Inspection) -> None:
         rows.append((pattern, f"x{len(members)}", members[0].class_name, *(f"{size:,}" for size in sizes)))
     for line in columns(rows, right=(1, 3, 4, 5, 6, 7)):
         click.echo(line)
-    click.echo(f"found by: {found.rule}\n")
-    rows = [("left as they are", "", "parameters")]
-    rows += [(part.name, f"x{part.modules}", f"{part.parameters:,}") for part in found.left_alone]
+    for line in _rules(found):
+        click.echo(line)
+    rows = [("left as they are", "", "parameters", "why")]
+    rows += [(part.name, f"x{part.modules}", f"{part.parameters:,}", part.reason) for part in found.left_alone]
+    click.echo()
     for line in columns(rows, right=(1, 2)):
         click.echo(line)
     if found.unknown_tensors:
@@ -45,6 +49,21 @@ def show_inspection(found: Inspection) -> None:
         click.echo(f"and {len(unknown)} tensors that the class does not know, such as {unknown[0]}")
     share = found.expert_parameters / found.parameters
     click.echo(f"\nrouted experts hold {found.expert_parameters:,} of {found.parameters:,} parameters ({share:.1%})")
+    click.echo(f"and {human_bytes(found.expert_bytes)} of {human_bytes(found.bytes)}")
+    if found.quantization is not None:
+        click.echo(
+            f"the files are quantised with the method {found.quantization} and hold {human_bytes(found.stored_bytes)}: "
+            "every such weight is dequantised to bfloat16 when it is read"
+        )
+
+
+def _rules(found: Inspection) -> Iterator[str]:
+    """The rule that found the experts, or, where there are several, which rule found which."""
+    patterns: dict[str, list[str]] = {}
+    for pattern, members in found.by_pattern().items():
+        patterns.setdefault(members[0].rule, []).append(pattern)
+    for rule, names in patterns.items():
+        yield f"found by: {rule}" if len(patterns) == 1 else f"{', '.join(names)} found by: {rule}"
 
 
 def show_report(report: Report) -> None:
