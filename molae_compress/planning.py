@@ -17,6 +17,8 @@ from molae_compress.errors import human_bytes
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import ExpertsSpec, LatentShape
 
+LIBRARIES = 64_000_000  # bytes that torch and the allocator take for themselves in the course of a run, measured
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -232,7 +234,7 @@ def make_plan(
         artifact_bytes=artifact,
         limit_bytes=limit,
         measured=measured,
-        memory_bytes=largest_layer_bytes + ends_bytes + max(working + held, compared),
+        memory_bytes=LIBRARIES + largest_layer_bytes + ends_bytes + max(working + held, compared),
         activation_bytes=activations,
         disk_bytes=2 * limit + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,

@@ -16,7 +16,7 @@ import molae_compress as molae
 from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import skeleton
 from molae_compress.checkpoint import Checkpoint
-from molae_compress.planning import solver_bytes
+from molae_compress.planning import LIBRARIES, solver_bytes
 from molae_compress.recipe import Recipe, bundled_recipes
 from molae_compress.tensors import ExpertsSpec
 from tests.conftest import CheckpointMaker
@@ -108,7 +108,7 @@ def test_the_memory_of_the_solver_by_hand(checkpoint: CheckpointMaker) -> None:
     layer = sum(size for key, size in own.items() if ".layers.0." in key)
     solver = solver_bytes(ExpertsSpec("experts", 0, EXPERTS, HIDDEN, INTERMEDIATE, top_k=TOP_K))
     experts, latent = planned.layers[0].dense_bytes, planned.layers[0].bytes
-    assert planned.memory_bytes == layer + ends + max(2 * experts, experts + 2 * latent) + solver
+    assert planned.memory_bytes == LIBRARIES + layer + ends + max(2 * experts, experts + 2 * latent) + solver
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, family) for name, of in FAMILIES_OF.items() for family in of or [""]])
