@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from molae_compress.budget import Shapes, shapes_for, template
+from molae_compress.calibration.observed import ObservedExperts, RoutedTokens
 from molae_compress.calibration.one_by_one import ObservedList
-from molae_compress.calibration.walk import ObservedExperts, RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
-from molae_compress.modeling.latent import LatentExperts
+from molae_compress.effect import Effect, latent_module
 from molae_compress.recipe import Recipe
-from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, layer_error, measure_spectra, solve_layer
+from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
 from molae_compress.stream import STAGE as HIDDEN
-from molae_compress.stream import ResidualStream, observed
+from molae_compress.stream import HeldOut, ResidualStream, observed
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 
 Progress = Callable[[str, int, int], None]
-Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None], None]
+Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None, Effect | None], None]
 OBSERVE, SOLVE = "observe", "solve"
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
@@ -41,10 +41,14 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def _routed(population: Calibrated | Uninformed, held_out: Calibrated | None) -> list[int]:
     """Calibration tokens routed to each expert, those that only measure included."""
-    if not isinstance(population, Calibrated) or held_out is None:
+    if not isinstance(population, Calibrated):
         return [0] * population.num_experts
-    both = population.counts_E if held_out is population else population.counts_E + held_out.counts_E
+    both = population.counts_E if held_out is None else population.counts_E + held_out.counts_E
     return [int(count) for count in both]
+
+
+def _times(found: LayerSpectra, factor: float) -> LayerSpectra:
+    return LayerSpectra(tuple(part * factor for part in found.input_GM), found.output_GM * factor)
 
 
 def _comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
@@ -55,12 +59,7 @@ def _comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) ->
 
     measured = [total(found) for name, found in spectra.items() if name not in unseen]
     scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
-    return {
-        name: LayerSpectra(tuple(part * scales[name] for part in found.input_GM), found.output_GM * scales[name])
-        if name in scales
-        else found
-        for name, found in spectra.items()
-    }
+    return {name: _times(found, scales[name]) if name in scales else found for name, found in spectra.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Solved:
     """One finished experts module: its tensors by name, what they were fitted on, and how well they fit.
 
     Attributes:
-        error: measured on held-out calibration tokens; None without calibration.
+        error: measured on held-out calibration tokens; None if there are none.
         tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
         seconds: time of the fit.
     """
@@ -150,10 +149,15 @@ class Run:
             spectra[name] = LayerSpectra(branches, tensors["output"])
 
         def observe(
-            spec: ExpertsSpec, dense: DenseExperts, population: Calibrated | Uninformed, held_out: Calibrated | None
+            spec: ExpertsSpec,
+            dense: DenseExperts,
+            population: Calibrated | Uninformed,
+            held_out: Calibrated | None,
+            effect: Effect | None,
         ) -> None:
             found = measure_spectra(dense, population, template(self.recipe, spec), self.fit)
             found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
+            found = found if effect is None else _times(found, effect.gain())
             spectra[spec.name] = found
             unseen.update({spec.name} if isinstance(population, Uninformed) else ())
             if self.work is not None:
@@ -173,11 +177,15 @@ class Run:
         idle = {spec.name for spec in self.specs if spec.name not in latent}
 
         def solve(
-            spec: ExpertsSpec, dense: DenseExperts, population: Calibrated | Uninformed, held_out: Calibrated | None
+            spec: ExpertsSpec,
+            dense: DenseExperts,
+            population: Calibrated | Uninformed,
+            held_out: Calibrated | None,
+            effect: Effect | None,
         ) -> None:
             started, shape = time.monotonic(), latent[spec.name]
             tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
-            error = layer_error(dense, tensors, shape, held_out) if held_out is not None else None
+            error = effect.error(tensors, shape) if effect is not None and held_out is not None else None
             counts = _routed(population, held_out) if self.windows_NL is not None else []
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
@@ -216,7 +224,7 @@ class Run:
         if self.windows_NL is None:
             for spec in pending:
                 uninformed = Uninformed(spec.num_experts, spec.hidden, self.source.device)
-                visit(spec, self.source.dense(spec), uninformed, None)
+                visit(spec, self.source.dense(spec), uninformed, None, None)
             return
         if not pending:
             return
@@ -256,13 +264,13 @@ class Run:
         sequential = self.recipe.refit.sequential and stage == SOLVE
         recorders = {spec.name: stream.recorder(spec) for spec in pending}
         experts = observed(self.source, here, recorders)
+        held_out = stream.held_out(self._windows_held_out)
         with self.source.layer(layer) as module:
             if sequential and not pending:
                 experts |= self._compressed(here, latent)
             seen = stream.step(module, experts, recorders, advance=goes_on and not (sequential and pending))
-        for spec in pending:
-            stand_in = cast(ObservedExperts | ObservedList, experts[spec.name])
-            visit(spec, stand_in.dense, *self._split(seen.pop(spec.name), spec))
+        self._visit(pending, experts, seen, held_out, visit)
+        del held_out
         if goes_on and sequential and pending:
             experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
             with self.source.layer(layer) as module:
@@ -270,18 +278,38 @@ class Run:
 
     def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, LatentShape]) -> dict[str, nn.Module]:
         """Finished modules, callable while the layer is; what they keep of the original is the layer's own."""
-        modules: dict[str, nn.Module] = {}
-        for spec in specs:
-            if spec.name in latent:
-                stock = self.source.model.get_submodule(spec.name)
-                module = LatentExperts.from_stock(stock, spec, latent[spec.name])
-                tensors = self.solved(spec).tensors
-                module.load_latent_({name: tensor.to(self.source.device) for name, tensor in tensors.items()})
-                modules[spec.name] = module
-        return modules
+        return {
+            spec.name: latent_module(self.source, spec, latent[spec.name], self.solved(spec).tensors)
+            for spec in specs
+            if spec.name in latent
+        }
+
+    def _visit(
+        self,
+        pending: Sequence[ExpertsSpec],
+        experts: Mapping[str, nn.Module],
+        seen: dict[str, RoutedTokens | None],
+        held_out: HeldOut,
+        visit: Visit,
+    ) -> None:
+        """Visits modules of one layer; all its `experts` are stand-ins for dense ones."""
+        dense = {name: cast(ObservedExperts | ObservedList, experts[name]).dense for name in experts if pending}
+        for spec in pending:
+            population, measuring = self._split(seen.pop(spec.name), spec)
+            effect = None
+            if isinstance(population, Calibrated):
+                # of a single window, what is fitted on can still tell what the layer makes of errors
+                effect = Effect(self.source, held_out, spec, dense, population if measuring is None else measuring)
+            visit(spec, dense[spec.name], population, measuring, effect)
+
+    @property
+    def _windows_held_out(self) -> int:
+        """How many windows, the last ones, only measure."""
+        assert self.windows_NL is not None
+        return max(1, len(self.windows_NL) // _HELD_OUT)
 
     def _split(self, seen: RoutedTokens | None, spec: ExpertsSpec) -> tuple[Calibrated | Uninformed, Calibrated | None]:
-        """What is fitted on, and the last windows, which only measure (a single window does both).
+        """What is fitted on, and the last windows, which only measure; a single window is fitted on, and nothing measured.
 
         A module that the model does not call for these tokens (the experts of another modality) is fitted without data.
         """
@@ -292,7 +320,7 @@ class Run:
         weighting, shrinkage = self.recipe.calibration.weighting, self.recipe.refit.shrinkage
         windows = len(self.windows_NL)
         rows = len(seen.x_TH) // windows  # of a window; more than its tokens where one has several
-        kept = (windows - max(1, windows // _HELD_OUT)) * rows
+        kept = (windows - self._windows_held_out) * rows
         # a token of hardly any residual stream would outweigh all others
         weight_T = 1.0 / seen.energy_T.clamp_min(1e-6 * float(seen.energy_T.mean()))
 
@@ -308,4 +336,4 @@ class Run:
                 self.source.device,
             )
 
-        return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)),) * 2
+        return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)), None)

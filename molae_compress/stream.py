@@ -4,7 +4,8 @@ Kept in memory up to a limit, above it on disk, where every layer's stream is st
 In memory it is stored only when `CHECKPOINT_SECONDS` have gone by since it was last: carrying tokens through dense layers
 is cheap beside solving, which is stored module by module, so that a killed run loses about the layer it was at, and spends
 no more than that time to get there again. What the last layer gives is never computed.
-Shape suffixes: N windows, B windows of one batch, L tokens of one window, T = N*L; the rest as in `tensors`.
+Shape suffixes: N windows (rows in comparisons), B windows of one batch, L tokens of one window, T = N*L, S residual streams;
+the rest as in `tensors`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,67 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from molae_compress.calibration.observed import ObservedExperts, Recorder, RoutedTokens
 from molae_compress.calibration.one_by_one import ObservedList
 from molae_compress.calibration.replay import Passed, nbytes, packed, unpacked
-from molae_compress.calibration.walk import LayerArguments, ObservedExperts, Recorder, RoutedTokens, pass_through
+from molae_compress.calibration.walk import LayerArguments, hidden_after, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.layouts import layout_of
 from molae_compress.source import Source
-from molae_compress.tensors import ExpertsSpec
+from molae_compress.tensors import DenseExperts, ExpertsSpec
 
 STAGE = "hidden"  # of the work directory
 CHECKPOINT_SECONDS = 60.0
 Done = Callable[[int], None]
+_ROWS = 1024  # tokens compared at a time
+
+
+class HeldOut:
+    """The last windows of a stream as they stand before one layer, to be sent through it again once it is changed.
+
+    The whole batches that these windows are in are sent: what a layer computes may depend on its batch.
+
+    Args:
+        arguments: of the layers.
+        prefix: path of the layer, with the dot.
+        batches: token ids.
+        passed: what the layers before gave for a batch, by its number.
+        tokens: of the windows.
+    """
+
+    def __init__(
+        self,
+        arguments: LayerArguments,
+        prefix: str,
+        batches: Sequence[Tensor],
+        passed: Callable[[int], Passed],
+        tokens: int,
+    ) -> None:
+        self._arguments, self._prefix, self._batches, self._passed = arguments, prefix, batches, passed
+        self.tokens = tokens
+
+    def changes(
+        self, module: nn.Module, experts: Mapping[str, nn.Module], changed: Mapping[str, nn.Module]
+    ) -> tuple[Tensor, Tensor]:
+        """|h' - h|^2 and |h|^2 [T] of the windows' tokens after the layer `module`, float64 on the CPU.
+
+        Args:
+            experts: stand-ins for its experts modules, by full path, with which it gives h.
+            changed: the same for h'.
+        """
+        found = []
+        for batch, ids_BL in enumerate(self._batches):
+            hidden = (self._hidden(module, each, ids_BL, batch).split(_ROWS) for each in (experts, changed))
+            for exact_NSH, other_NSH in zip(*hidden, strict=True):
+                parts = (other_NSH.double() - exact_NSH.double(), exact_NSH.double())
+                found.append(torch.stack([part_NSH.square().sum(-1).mean(1) for part_NSH in parts]).cpu())
+        change_T, energy_T = torch.cat(found, dim=1)[:, -self.tokens :]
+        return change_T, energy_T
+
+    def _hidden(self, module: nn.Module, experts: Mapping[str, nn.Module], ids_BL: Tensor, batch: int) -> Tensor:
+        inside = {path.removeprefix(self._prefix): stand_in for path, stand_in in experts.items()}
+        return hidden_after(self._arguments, module, inside, ids_BL, self._passed(batch))
 
 
 class ResidualStream:
@@ -58,6 +108,7 @@ class ResidualStream:
         self._source, self._work, self._name = source, work, name
         self._ids = windows_NL.split(batch_size)
         self._tokens = windows_NL.numel()
+        self._shape, self._batch_size = windows_NL.shape, batch_size
         self._arguments = LayerArguments(source.model, source.layers.paths, source.device)
         self._room = memory_limit // 2 if memory_limit is not None and work is not None else None
         # by batch; None while it is on disk only
@@ -117,6 +168,18 @@ class ResidualStream:
         if advance:
             self._go_on(after)
         return {path: recorder.tokens(path, torch.cat(energies)) for path, recorder in recorders.items()}
+
+    def held_out(self, windows: int) -> HeldOut:
+        """The last `windows` windows where they stand now, whatever becomes of the stream until `forget`."""
+        first, layer, passed = (self._shape[0] - windows) // self._batch_size, self.layer, self._passed
+        kept = passed[first:] if passed is not None else None
+        return HeldOut(
+            self._arguments,
+            f"{self._source.layers.paths[layer]}.",
+            self._ids[first:],
+            lambda batch: kept[batch] if kept is not None else self._read(layer, first + batch),
+            windows * self._shape[1],
+        )
 
     def recorder(self, spec: ExpertsSpec) -> Recorder:
         """Room for what one experts module sees of the whole stream."""
@@ -185,19 +248,19 @@ class ResidualStream:
 
 def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, nn.Module]:
     """Stand-ins computing what the dense experts of a layer compute; those with a recorder keep what they see."""
-    stand_ins: dict[str, nn.Module] = {}
-    for spec in specs:
-        module = source.model.get_submodule(spec.name)
-        layout = layout_of(spec.name, module)
-        assert layout is not None
-        record = recorders.get(spec.name)
-        if layout.called_one_by_one:
-            names = tuple(dict.fromkeys(weight.partition(".")[0] for weight in layout.weight_names(module)))
-            has_keys = isinstance(module, nn.ModuleDict)
-            stand_ins[spec.name] = ObservedList(source.dense(spec), names, has_keys, record)
-        else:
-            stand_ins[spec.name] = ObservedExperts(source.dense(spec), partial(layout.enter, module, spec), record)
-    return stand_ins
+    return {spec.name: stand_in(source, spec, source.dense(spec), recorders.get(spec.name)) for spec in specs}
+
+
+def stand_in(
+    source: Source, spec: ExpertsSpec, dense: DenseExperts, record: Recorder | None = None
+) -> ObservedExperts | ObservedList:
+    """Computes what `dense` computes, called as the experts module that `spec` describes; see `ObservedExperts`."""
+    module = source.model.get_submodule(spec.name)
+    layout = layout_of(spec.name, module)
+    assert layout is not None
+    if layout.called_one_by_one:
+        return ObservedList(dense, module, layout.weight_names(module), record)
+    return ObservedExperts(dense, partial(layout.enter, module, spec), record)
 
 
 def forwarded(source: Source, arguments: LayerArguments, batches: Sequence[Tensor], progress: Done) -> list[Passed]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import molae_compress as molae
+from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.calibration.replay import Given, Gone, Passed, packed, unpacked
-from molae_compress.calibration.walk import LayerArguments, RoutedTokens, pass_through
+from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.compress import _comparable
 from molae_compress.errors import ModelError

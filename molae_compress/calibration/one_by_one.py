@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,54 +16,43 @@ from torch import Tensor, nn
 
 from molae_compress.calibration.replay import leaves
 from molae_compress.errors import ModelError
+from molae_compress.layouts.singly import CalledSingly, single_names, weight_shapes, without_numbers
 from molae_compress.tensors import DenseExperts
 
 _SIZE = 4096.0  # of unit vectors: rounding of everything else in the block must not drown a routing weight
 _TOLERANCE = 0.02  # passes models in bfloat16
 
 
-class ObservedList(nn.Module):
+class ObservedList(CalledSingly, nn.Module):
     """Stands in for a list or dictionary of experts while calibration tokens pass.
 
     Args:
         dense: what the experts compute.
-        names: of the experts in their order.
-        has_keys: it stands for a dictionary.
+        experts: the list or dictionary itself, whose weights may be on meta.
+        weights: names of the experts' weights in it.
         record: told inputs, experts (E where a slot has none) and routing weights of every call of the block.
     """
 
     def __init__(
         self,
         dense: DenseExperts,
-        names: tuple[str, ...],
-        has_keys: bool,
+        experts: nn.Module,
+        weights: tuple[str, ...],
         record: Callable[[Tensor, Tensor, Tensor], None] | None,
     ) -> None:
         super().__init__()
-        self.dense, self._names, self._has_keys, self._record = dense, names, has_keys, record
+        self.dense, self._record = dense, record
+        self.names, self.has_keys = single_names(weights), isinstance(experts, nn.ModuleDict)
+        first, shapes = experts.get_submodule(self.names[0]), weight_shapes(experts, weights, self.names[0])
+        like = torch.empty(0, dtype=experts.get_parameter(weights[0]).dtype, device=dense.w_out_EHI.device)
+        self._example = (without_numbers(first, shapes, like),)  # in a tuple: nothing of it is this module's
         self._probe_EH: Tensor | None = None  # what the experts give instead
         self._sum_EH: Tensor | None = None  # of what they read, while their block runs
+        self._is_probed = False  # their block runs for the routing of these experts or others in it
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, key: int | str) -> Callable[[Tensor], Tensor]:
-        return partial(self._one, self._names.index(key) if isinstance(key, str) else range(len(self))[key])
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._names) if self._has_keys else self.values()
-
-    def keys(self) -> list[str]:
-        """Names of the experts, of a dictionary."""
-        return list(self._names)
-
-    def values(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The experts, callable."""
-        return (partial(self._one, expert) for expert in range(len(self)))
-
-    def items(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """Names and experts, of a dictionary."""
-        return zip(self.keys(), self.values(), strict=True)
+    def example(self) -> nn.Module:
+        """What a single expert looks like."""
+        return self._example[0]
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
@@ -75,27 +63,29 @@ class ObservedList(nn.Module):
                 stack.callback(block.register_forward_hook(self._leave, with_kwargs=True).remove)
             yield
 
-    def _one(self, expert: int, x: Tensor) -> Tensor:
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """What one expert makes of `x [...,H]`, or the probe in its place."""
         x_NH, dense = x.reshape(-1, self.dense.spec.hidden), self.dense
         if self._probe_EH is not None:
             return self._probe_EH[expert].to(x.dtype).expand_as(x).clone()
-        if self._record is not None:
+        if self._record is not None and not self._is_probed:
             if self._sum_EH is None:
                 raise self._refusal("they are called from outside the module that they lie in")
             self._sum_EH[expert] += x_NH.double().sum(0)
         y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(x.dtype).T
         if dense.bias_out_EH is not None:
             y_NH = y_NH + dense.bias_out_EH[expert].to(x.dtype)
+        y_NH = y_NH if dense.after is None else dense.after(y_NH)
         return y_NH.reshape(x.shape)
 
     def _enter(self, block: nn.Module, _: Any) -> None:
-        if self._probe_EH is None:
+        if not self._is_probed:
             spec = self.dense.spec
             device = self.dense.w_out_EHI.device
             self._sum_EH = torch.zeros(spec.num_experts, spec.hidden, dtype=torch.float64, device=device)
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        if self._probe_EH is not None or self._record is None:
+        if self._is_probed or self._record is None:
             return
         H = self.dense.spec.hidden
         inputs = (leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.shape[-1:] == (H,))
@@ -103,7 +93,8 @@ class ObservedList(nn.Module):
         if x is None or self._sum_EH is None:
             raise self._refusal("their block is given no hidden states")
         x_TH = x.reshape(-1, H)
-        gate_TE = self._gates(lambda: block(*args, **kwargs), x_TH)
+        with _probed(block):
+            gate_TE = self._gates(lambda: block(*args, **kwargs), x_TH)
         seen_EH = (gate_TE != 0).double().T @ x_TH.double()
         if not _close(seen_EH, self._sum_EH):
             raise self._refusal("they read something else than rows of their block's input")
@@ -148,6 +139,19 @@ class ObservedList(nn.Module):
             why="The model calls them one by one, so that its routing has to be found out.",
             remedy="Compress data-free (no `calibration` section).",
         )
+
+
+@contextmanager
+def _probed(block: nn.Module) -> Iterator[None]:
+    """While open, runs of the block count for none of the lists in it."""
+    lists = [module for module in block.modules() if isinstance(module, ObservedList)]
+    for one in lists:
+        one._is_probed = True
+    try:
+        yield
+    finally:
+        for one in lists:
+            one._is_probed = False
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,115 +32,8 @@ from molae_compress.calibration.replay import (
     writing,
 )
 from molae_compress.errors import ModelError
-from molae_compress.layouts import Call
-from molae_compress.tensors import DenseExperts, ExpertsSpec
 
-Enter = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]  # the arguments of one call, normalised
-Allocate = Callable[[tuple[int, int]], Tensor]  # zeros, float32
 REMEDY = "Compress data-free (no `calibration` section), or report the architecture."
-
-
-@dataclass
-class RoutedTokens:
-    """What one experts module saw of the calibration tokens.
-
-    Attributes:
-        x_TH: inputs, float32.
-        index_TK: int64 expert of each slot.
-        gate_TK: float32 routing weights as the model computed them.
-        energy_T: float32 |h|^2 of the residual stream after the layer.
-    """
-
-    x_TH: Tensor
-    index_TK: Tensor
-    gate_TK: Tensor
-    energy_T: Tensor
-
-
-class ObservedExperts(nn.Module):
-    """Stands in for an experts module while calibration tokens pass: computes what it would, and keeps what it saw.
-
-    The dense weights stay in the precision of the checkpoint; one expert at a time is widened.
-
-    Args:
-        dense: what it computes.
-        enter: how it is called.
-        record: told inputs, experts (E where a slot has none) and routing weights of every call.
-    """
-
-    def __init__(self, dense: DenseExperts, enter: Enter, record: Callable[[Tensor, Tensor, Tensor], None] | None) -> None:
-        super().__init__()
-        self.dense, self._enter, self._record = dense, enter, record
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, dense = self._enter(args, kwargs), self.dense
-        x_TH, weight_TK = call.x_TH, call.weight_TK
-        index_TK = call.index_TK.masked_fill(weight_TK == 0, dense.spec.num_experts)  # slots without an expert
-        if self._record is not None:
-            self._record(x_TH, index_TK, weight_TK)
-        y_TH = torch.zeros_like(x_TH)
-        for expert in index_TK.unique().tolist():
-            if expert >= dense.spec.num_experts:
-                continue
-            tokens_N, slots_N = (index_TK == expert).nonzero(as_tuple=True)
-            out_NH = dense.intermediate(expert, x_TH[tokens_N]) @ dense.w_out_EHI[expert].to(x_TH.dtype).T
-            if dense.bias_out_EH is not None:
-                out_NH = out_NH + dense.bias_out_EH[expert].to(x_TH.dtype)
-            out_NH = out_NH if dense.after is None else dense.after(out_NH)
-            y_TH.index_add_(0, tokens_N, (out_NH * weight_TK[tokens_N, slots_N, None]).to(x_TH.dtype))
-        return call.leave(y_TH)
-
-
-class Recorder:
-    """Collects `RoutedTokens` of one experts module into arrays of their final size, which `allocate` makes.
-
-    A module may be called with several rows for a token, one block of all tokens after the other (where routing weights
-    are applied to inputs, these differ by expert). Each row then counts as a token of its own, of a share of the energy,
-    so that errors of a token's experts add up as if they were uncorrelated.
-    """
-
-    def __init__(self, spec: ExpertsSpec, tokens: int, allocate: Allocate) -> None:
-        self._hidden, self._tokens, self._allocate = spec.hidden, tokens, allocate
-        self._filled = 0
-        self._rows = 1
-        self._x_TH: Tensor | None = None
-        self._index_TK = torch.zeros(0, 0, dtype=torch.int64)
-        self._gate_TK = torch.zeros(0, 0)
-        self.batch = tokens
-
-    def __call__(self, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> None:
-        """Appends what a call saw of `batch` tokens, in token order."""
-        if not len(x_TH):
-            return
-        if self._x_TH is None:
-            self._rows = max(1, len(x_TH) // self.batch)
-            total = self._tokens * self._rows
-            self._x_TH = self._allocate((total, self._hidden))
-            self._index_TK = torch.zeros(total, index_TK.shape[1], dtype=torch.int64)
-            self._gate_TK = torch.zeros(total, index_TK.shape[1])
-        rows = slice(self._filled, self._filled + len(x_TH))
-        if rows.stop <= len(self._x_TH) and len(x_TH) == self._rows * self.batch:
-            held = (self._x_TH, self._index_TK, self._gate_TK)
-            for array, seen in zip(held, (x_TH, index_TK, gate_TK), strict=True):
-                array[rows] = seen.unflatten(0, (self._rows, self.batch)).transpose(0, 1).flatten(0, 1)
-        self._filled = rows.stop
-
-    def tokens(self, name: str, energy_T: Tensor) -> RoutedTokens | None:
-        """Everything recorded; None if the module was never called.
-
-        Raises:
-            ModelError: it was called, but not once for every token.
-        """
-        if self._x_TH is None:
-            return None
-        if self._filled != len(energy_T) * self._rows:
-            raise ModelError(
-                f"Experts module '{name}' saw {self._filled} of {len(energy_T) * self._rows} calibration tokens.",
-                why="The model does not send every token through it once, so what it saw cannot be matched to tokens.",
-                remedy="List it under `ignore`, or compress data-free (no `calibration.data`).",
-            )
-        energy_T = (energy_T / self._rows).repeat_interleave(self._rows)
-        return RoutedTokens(self._x_TH, self._index_TK, self._gate_TK, energy_T)
 
 
 class _Captured(Exception):
@@ -180,7 +72,7 @@ class LayerArguments:
     @property
     def shifted(self) -> bool:
         """Whether the model predicts each token at its own place, being given the one before; else at the place before."""
-        return "decoder_input_ids" in model_inputs(self._model, torch.zeros(1, 1, dtype=torch.int64))
+        return has_decoder(self._model)
 
     def of(self, ids_BL: Tensor, passed: Passed) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Positional and keyword arguments of the next layer for these tokens; None if the model does not call it."""
@@ -313,14 +205,33 @@ def _follow(follower: Follower, again: Sequence[Given | None], passed: Passed) -
 def model_inputs(model: nn.Module, ids_BL: Tensor) -> dict[str, Any]:
     """Keyword arguments for a model's forward on windows of tokens.
 
-    What has a decoder of its own gets the same windows there, shifted right behind the token that it starts with, if any.
+    What has a decoder of its own gets the same windows there, shifted right behind the token that it starts with. They are
+    not shifted where there is no such token, or where the model refines all tokens in place.
     """
     inputs: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
-        start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if has_decoder(model):
+        start = None if denoises(model) else decoder_start(model)
         first_B1 = ids_BL[:, :1] if start is None else torch.full_like(ids_BL[:, :1], start)
         inputs["decoder_input_ids"] = ids_BL if start is None else torch.cat([first_B1, ids_BL[:, :-1]], dim=1)
     return inputs
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model reads tokens twice: those that it is given, and those that it writes."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def denoises(model: nn.Module) -> bool:
+    """Whether a model reads a whole canvas of tokens to write that canvas again, each token at its own place."""
+    return getattr(getattr(model, "config", None), "canvas_length", None) is not None
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that stands before all that a decoder writes: its own, else padding, else the start of text."""
+    config: Any = getattr(model, "config", None)
+    names = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
+    found = (getattr(config, name, None) for name in names)
+    return next((token for token in found if isinstance(token, int) and token >= 0), None)
 
 
 def pass_through(
@@ -359,6 +270,19 @@ def pass_through(
         yield resting(passed, needed), energy_T
 
 
+def hidden_after(
+    arguments: LayerArguments, module: nn.Module, experts: Mapping[str, nn.Module], ids_BL: Tensor, passed: Passed
+) -> Tensor:
+    """[B*L,S,H]: the residual stream after the next layer, of S streams where it carries several side by side.
+
+    Args and raises: as `pass_through`; the model calls the layer.
+    """
+    with _in_place(module, experts):
+        given = arguments.call(module, ids_BL, passed)
+    assert given is not None
+    return _hidden(given, ids_BL.numel())
+
+
 @contextmanager
 def _in_place(module: nn.Module, experts: Mapping[str, nn.Module]) -> Iterator[None]:
     """The layer with stand-ins for its experts."""
@@ -372,14 +296,19 @@ def _in_place(module: nn.Module, experts: Mapping[str, nn.Module]) -> Iterator[N
         yield
 
 
-def _energy(given: Given, tokens: int) -> Tensor:
-    """[T] float32 on the CPU: |h|^2 of each token, the mean over streams where a layer carries several side by side."""
+def _hidden(given: Given, tokens: int) -> Tensor:
+    """[T,S,H]: hidden states of each token in each stream, the first thing that a layer returns."""
     hidden = next((leaf for leaf in leaves(given.returned) if isinstance(leaf, Tensor)), None)
     rows = 0 if hidden is None or not hidden.dim() else hidden.numel() // hidden.shape[-1]
     if hidden is None or not hidden.is_floating_point() or not rows or rows % tokens:
         found = "nothing" if hidden is None else f"a tensor of shape {tuple(hidden.shape)}"
         raise ModelError(f"A layer returns {found} for {tokens} tokens.", why="These are no hidden states.", remedy=REMEDY)
-    energy_T = hidden.float().square().sum(-1).reshape(tokens, -1).mean(1).cpu()
+    return hidden.reshape(tokens, -1, hidden.shape[-1])
+
+
+def _energy(given: Given, tokens: int) -> Tensor:
+    """[T] float32 on the CPU: |h|^2 of each token, the mean over streams where a layer carries several side by side."""
+    energy_T = _hidden(given, tokens).float().square().sum(-1).mean(1).cpu()
     if not energy_T.isfinite().all():
         raise ModelError(
             "A layer returns NaN or infinite hidden states for calibration tokens.",

@@ -65,7 +65,7 @@ class LayerError:
     """Errors of one compressed layer on given tokens.
 
     Attributes:
-        err_h: mean over tokens of |dy|^2 / |h|^2, h the residual stream after the layer.
+        err_h: mean over tokens of |dy|^2 / |h|^2, h the residual stream after the layer, as far as nothing lies between.
         relative: sum of |dy|^2 over sum of |y|^2.
         tokens: how many tokens were measured.
     """
@@ -293,7 +293,7 @@ def _routed_sum(dense: DenseExperts, population: Calibrated, packed: Packed, sec
 
 @torch.no_grad()
 def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentShape, samples: Calibrated) -> LayerError:
-    """Difference of the routed outputs, dense against latent, on `samples`.
+    """Difference of the routed outputs, dense against latent, on `samples`; biases and `dense.after` included.
 
     Args:
         dense: weights, on the device of `samples`.
@@ -310,9 +310,12 @@ def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentSh
             x_NH, gate_N1 = rows_NH.to(work), gate_N[:, None].to(work)
             y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
             latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert))))
-            change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
             if dense.bias_out_EH is not None:
-                y_NH = y_NH + dense.bias_out_EH[expert].to(work)
+                bias_H = dense.bias_out_EH[expert].to(work)
+                y_NH, latent_NH = y_NH + bias_H, latent_NH + bias_H
+            if dense.after is not None:
+                y_NH, latent_NH = dense.after(y_NH), dense.after(latent_NH)
+            change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)
             exact_TH.index_add_(0, tokens_N, y_NH * gate_N1)
     change_T, exact_T = (
         torch.cat([part_NH.double().square().sum(1) for part_NH in y_TH.split(_BLOCK)]) for y_TH in (change_TH, exact_TH)

@@ -1,0 +1,122 @@
+"""What a change of one experts module does to the residual stream, measured on held-out calibration tokens.
+
+Between experts and residual stream lies whatever the architecture puts there: norms, factors, projections out of a narrower
+space. None of it has to be known, because the tokens go through the layer once more with the one module changed.
+Shape suffixes: N rows of one sample; the rest as in `tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from molae_compress.modeling.latent import LatentExperts
+from molae_compress.solver.layer import LayerError, layer_error
+from molae_compress.solver.population import ROWS, Calibrated
+from molae_compress.source import Source
+from molae_compress.stream import HeldOut, stand_in
+from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+
+# Of noise, relative to an expert's output: small, but not lost where sixteen bits round the residual stream.
+_NOISE, _NOISE_IN_16_BIT = 0.01, 0.3
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One experts module in its layer, on held-out tokens.
+
+    Attributes:
+        source: the dense model.
+        held_out: the tokens, before the layer.
+        spec: the module.
+        layer: all dense experts of its layer, by path.
+        samples: what the module saw of these tokens.
+    """
+
+    source: Source
+    held_out: HeldOut
+    spec: ExpertsSpec
+    layer: Mapping[str, DenseExperts]
+    samples: Calibrated
+
+    def error(self, tensors: Mapping[str, Tensor], shape: LatentShape) -> LayerError:
+        """Errors with the module in its latent form: `relative` of its own output, `err_h` of its layer's."""
+        with self.source.layer(self.source.layers.of(self.spec.name)) as module:
+            own = layer_error(self.layer[self.spec.name], dict(tensors), shape, self.samples)
+            latent = latent_module(self.source, self.spec, shape, tensors)
+            err_h = self._changed(module, latent)
+        return replace(own, err_h=err_h, tokens=self.held_out.tokens)
+
+    def gain(self) -> float:
+        """Squared error in the residual stream for a squared error in the outputs of single experts.
+
+        Noise of a fixed seed and in proportion to each output is added there, before norms and routing weights; what the
+        layer makes of it is compared with what the solver's weights of slots make of it. That is 1, up to chance, where the
+        layer adds up its experts and nothing else.
+        """
+        dense = self.layer[self.spec.name]
+        size = _NOISE if self.source.model.dtype.itemsize > 2 else _NOISE_IN_16_BIT
+        noisy = replace(dense, after=_noise(size, dense.after))
+        with self.source.layer(self.source.layers.of(self.spec.name)) as module:
+            found = self._changed(module, stand_in(self.source, self.spec, noisy))
+        expected = size**2 * _weighed_outputs(dense, self.samples)
+        return found / expected if expected else 1.0
+
+    def _changed(self, module: nn.Module, changed: nn.Module) -> float:
+        """Mean over tokens of |dh|^2 / |h|^2 with `changed` in place of the experts."""
+        plain = {spec.name: stand_in(self.source, spec, self.layer[spec.name]) for spec in self._specs()}
+        change_T, energy_T = self.held_out.changes(module, plain, plain | {self.spec.name: changed})
+        return float((change_T / energy_T.clamp_min(1e-6 * float(energy_T.mean()))).mean())
+
+    def _specs(self) -> list[ExpertsSpec]:
+        return [spec for spec in self.source.specs if spec.name in self.layer]
+
+
+def latent_module(source: Source, spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, Tensor]) -> LatentExperts:
+    """A finished module, callable while its layer is; what it keeps of the original is the layer's own."""
+    module = LatentExperts.from_stock(source.model.get_submodule(spec.name), spec, shape)
+    module.load_latent_({name: tensor.to(source.device) for name, tensor in tensors.items()})
+    module.routed = _in_parts(module.routed)  # type: ignore[assignment]
+    return module
+
+
+def _in_parts(routed: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A limited number of tokens at a time: a latent module computes all slots of a call at once."""
+
+    def in_parts(*inputs: Tensor) -> Tensor:
+        return torch.cat([routed(*part) for part in zip(*(array.split(ROWS) for array in inputs), strict=True)])
+
+    return in_parts
+
+
+def _noise(size: float, after: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """`after` of outputs to which a random direction of `size` times their own length is added."""
+    generator: torch.Generator | None = None
+
+    def noisy(y_NH: Tensor) -> Tensor:
+        nonlocal generator
+        if generator is None:
+            generator = torch.Generator(y_NH.device).manual_seed(0)
+        wide_NH = y_NH.float()
+        noise_NH = torch.randn(y_NH.shape, generator=generator, device=y_NH.device)
+        noise_NH *= size * wide_NH.norm(dim=1, keepdim=True) / noise_NH.norm(dim=1, keepdim=True)
+        y_NH = (wide_NH + noise_NH).to(y_NH.dtype)
+        return y_NH if after is None else after(y_NH)
+
+    return noisy
+
+
+def _weighed_outputs(dense: DenseExperts, samples: Calibrated) -> float:
+    """Sum over slots of |y|^2 in the solver's weights, y the output of one expert before norms and routing weights."""
+    total = 0.0
+    for expert in range(dense.spec.num_experts):
+        for tokens_N, weight_N in zip(*(array.split(ROWS) for array in samples.rows(expert)), strict=True):
+            x_NH = samples.inputs(tokens_N)
+            y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(x_NH.dtype).T
+            if dense.bias_out_EH is not None:
+                y_NH = y_NH + dense.bias_out_EH[expert].to(x_NH.dtype)
+            total += float(y_NH.double().square().sum(1) @ weight_N)
+    return total
