@@ -14,9 +14,12 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 import yaml
 from torch import Tensor
 
+from molae_compress.adapters.skeleton import code_fingerprint
+from molae_compress.adapters.unknown import routed_experts_among
 from molae_compress.artifact import check_names, is_artifact, replaced_keys, write_companions, write_weights
 from molae_compress.budget import Shapes
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_fingerprint, token_windows
@@ -24,15 +27,17 @@ from molae_compress.checkpoint import (
     WorkDirectory,
     check_free_space,
     check_output_folder,
+    check_places,
     publish,
     write_file,
 )
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
 from molae_compress.errors import DataError, QualityGateError, RecipeError, ResumeError
-from molae_compress.evaluation import Evaluation, evaluate
+from molae_compress.evaluation import Evaluation, check_predicts, evaluate
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
+from molae_compress.proof import check_called_singly
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
 from molae_compress.recipe.sections import Calibration, Evaluate
@@ -92,8 +97,10 @@ def run(
         QualityGateError: the artifact is complete but fails the recipe's gate.
     """
     out, recipe = Path(out).expanduser().resolve(), Recipe.load(recipe)
+    path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.work")
     check_output_folder(out, ours=is_artifact)
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
+    check_places(out, path, job.source.folder.resolve(), ours=is_artifact)
     job.run.progress = progress or silent
     expected = job.run.expected_shapes(job.copied_bytes())
     check_names(job.source.keys, job.source.specs, expected)
@@ -103,8 +110,8 @@ def run(
         report = _finished(out, recipe, job.stage_inputs()[SOLVE])
         _check_gate(recipe, report)
         return report
-    path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.work")
     _check_room(out, path, job.plan(expected, measured=False))
+    check_called_singly(job.source, expected)
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
@@ -186,6 +193,7 @@ class _Job:
             self.run.windows_NL = self._windows(texts, calibration.data, calibration, calibration.seed)
             self.data_sha256 = data_fingerprint(texts)
         if held_out is not None:
+            check_predicts(self.source.model)
             self._windows(read_texts(held_out.data, held_out.column), held_out.data, held_out, None)
 
     def _windows(
@@ -221,8 +229,10 @@ class _Job:
             "calibration text": self.data_sha256,
             # another tokenizer makes others of the same text
             "calibration tokens": token_fingerprint(windows_NL) if windows_NL is not None else "",
+            "code": code_fingerprint(self.source.folder, self.source.model),
             "molae_compress": installed_version(),
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "device": self.source.device.type,
         }
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
@@ -266,6 +276,7 @@ class _Job:
             evaluation=evaluation,
             source_fingerprint=self.source.checkpoint.fingerprint(),
             unknown=self.source.keys.unknown,
+            unknown_experts=routed_experts_among(self.source.keys.unknown, self.source.all_expert_keys()),
             resumed=self.resumed,
         )
         report = replace(report, inputs=self.stage_inputs()[SOLVE])

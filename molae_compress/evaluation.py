@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from molae_compress.calibration.replay import Passed, of_window
 from molae_compress.calibration.text import read_texts, token_windows
-from molae_compress.calibration.walk import LayerArguments
+from molae_compress.calibration.walk import LayerArguments, decoder_start, denoises, has_decoder
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import DataError, ModelError
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
@@ -83,11 +83,12 @@ def evaluate(
     Raises:
         DataError: the text is missing, malformed or shorter than one window, or the two models differ in their vocabulary
             or tokenizer; found out before any weight is read.
-        CheckpointError, ModelError: a model that cannot be read.
+        CheckpointError, ModelError: a model that cannot be read, or that does not predict the next token.
     """
     progress = progress or silent
     target = choose_device(device)
     result = DiskSource.open(str(folder), device=target, trust_remote_code=trust_remote_code, dense=False)
+    check_predicts(result.model)
     sources = {"result": result}
     if against is not None:
         sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, dense=False)
@@ -120,6 +121,22 @@ def evaluate(
     if against is None:
         return Evaluation(count, perplexity)
     return Evaluation(count, perplexity, original_perplexity, *(sums[2:] / count).tolist())
+
+
+def check_predicts(model: nn.Module) -> None:
+    """Raises `ModelError` if a model is shown the tokens that it is to predict, so that its likelihoods mean nothing."""
+    if denoises(model):
+        raise ModelError(
+            f"{type(model).__name__} refines a whole canvas of tokens in place, and predicts no next token.",
+            why="It would be asked for tokens that it was just shown.",
+            remedy="Leave `evaluate` out of the recipe, and compare what the models generate.",
+        )
+    if has_decoder(model) and decoder_start(model) is None:
+        raise ModelError(
+            f"The configuration of {type(model).__name__} does not say which token its decoder starts with.",
+            why="Without one the decoder would be shown the tokens that it is to predict.",
+            remedy="Set decoder_start_token_id (or pad_token_id, or bos_token_id) in config.json, or do not evaluate.",
+        )
 
 
 def _check_vocabulary(result: DiskSource, original: DiskSource) -> None:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import empty_, fill_, read_config, skeleton
-from molae_compress.artifact import copy_companions
+from molae_compress.artifact import copy_companions, is_artifact
 from molae_compress.checkpoint import (
     TensorSource,
     WorkDirectory,
     assert_accounted,
     check_free_space,
     check_output_folder,
+    check_places,
     publish,
     write_file,
     write_shards,
@@ -64,14 +65,15 @@ def expand(
         CheckpointError: it cannot be read, or `out` cannot be written.
     """
     out, progress = Path(out).expanduser().resolve(), progress or silent
+    path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.expand-work")
     check_output_folder(out, ours=lambda _: False)
     source = DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, dense=False)
+    check_places(out, path, source.folder.resolve(), ours=is_artifact)
     latent = {name: module for name, module in source.model.named_modules() if isinstance(module, LatentExperts)}
     if not latent:
         raise ModelError(f"'{folder}' holds no latent experts.", remedy="Give a folder that `apply` wrote.")
     dense_bytes = sum(module.spec.dense_numel * next(module.parameters()).element_size() for module in latent.values())
     check_free_space(out.parent, source.checkpoint.total_bytes + 2 * dense_bytes, "the dense checkpoint")
-    path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.expand-work")
     inputs = {
         "artifact": source.checkpoint.fingerprint(),
         "config": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),

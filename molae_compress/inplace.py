@@ -17,6 +17,7 @@ from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
 from molae_compress.layouts import weight_names
 from molae_compress.modeling.quantizer import attach_, check_attachable
+from molae_compress.proof import check_called_singly
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
 from molae_compress.source import LiveSource, check_tokens, load_tokenizer
@@ -63,6 +64,7 @@ def compress_(
     was_training = model.training
     model.eval()
     try:
+        check_called_singly(source, run.expected_shapes())
         shapes = run.shapes()
         keys = KeyMap(model, ())
         check_names(keys, run.specs, shapes)

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from molae_compress.adapters import unproven_experts
 from molae_compress.layouts import LAYER_NUMBER, layout_of, weight_names
 from molae_compress.source import DiskSource
 from molae_compress.tensors import ExpertsSpec
@@ -19,6 +21,7 @@ from molae_compress.tensors import ExpertsSpec
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Why a part is left alone, by where it lies.
 SHARED = "shared experts: every token uses them"
+UNPROVEN = "looks like routed experts and was left alone: that a router sends tokens to it cannot be told"
 IN_BLOCK = "beside routed experts, such as their router"
 IN_LAYERS = "in the layers, no routed experts"
 ELSEWHERE = "outside the layers"
@@ -63,7 +66,8 @@ class Inspection:
         left_alone: everything else.
         unknown_tensors: names in the checkpoint that the class does not know; a run copies them.
         parameters: numbers in the whole model, persistent buffers included, tied ones counted once.
-        expert_parameters: numbers in the routed experts.
+        expert_parameters: numbers in the weights of routed experts, tied ones counted once; some classes hold rows in them
+            that no expert uses.
         quantization: method by which the files hold weights in fewer bits (`fp8`, `mxfp4`); None if they are plain. Such
             weights are dequantised to bfloat16, one tensor at a time, as they are read.
         stored_bytes: tensor bytes as the files hold them.
@@ -123,8 +127,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     source = DiskSource.open(model, revision=revision, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
     experts = tuple(_found(source, spec) for spec in source.specs)
     left_alone = _left_alone(source)
-    expert_parameters = sum(spec.dense_numel for spec in source.specs)
-    expert_keys = {key for spec in source.specs for key in source.expert_keys(spec)}
+    expert_parameters = sum(weight.numel() for weight in _expert_weights(source).values())
     method, stored_bytes = source.quantized() or (None, source.checkpoint.total_bytes)
     return Inspection(
         model=model,
@@ -138,7 +141,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
         quantization=method,
         stored_bytes=stored_bytes,
         bytes=source.checkpoint.total_bytes,
-        expert_bytes=sum(source.checkpoint.entries[key].nbytes for key in expert_keys),
+        expert_bytes=sum(source.checkpoint.entries[key].nbytes for key in source.all_expert_keys()),
     )
 
 
@@ -149,18 +152,25 @@ def _found(source: DiskSource, spec: ExpertsSpec) -> FoundExperts:
     return FoundExperts(spec, type(module).__name__, layout.rule)
 
 
+def _expert_weights(source: DiskSource) -> dict[int, Tensor]:
+    """Weights of all routed experts by id, so that tied ones are there once."""
+    names = (name for spec in source.specs for name in weight_names(source.model, spec.name))
+    return {id(weight): weight for weight in map(source.model.get_parameter, names)}
+
+
 def _left_alone(source: DiskSource) -> tuple[Part, ...]:
     """The outermost modules that hold no routed experts, in the order of the model."""
     experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
-    above = {prefix for name in experts for prefix in _prefixes(name)}
+    unproven = unproven_experts(source.model)
+    above = {prefix for name in (*experts, *(path.rpartition(".")[0] for path in unproven)) for prefix in _prefixes(name)}
     parts: dict[tuple[str, str], tuple[set[str], int]] = {}
-    seen: set[int] = set()
+    seen = set(_expert_weights(source))
     for name, tensor in source.model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen or name in experts:
+        if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         part = next(prefix for prefix in _prefixes(name) if prefix not in above)
-        key = _pattern(part), _reason(part, source.specs)
+        key = _pattern(part), UNPROVEN if part in unproven else _reason(part, source.specs)
         modules, parameters = parts.get(key, (set(), 0))
         parts[key] = modules | {part}, parameters + tensor.numel()
     return tuple(Part(name, len(modules), numbers, reason) for (name, reason), (modules, numbers) in parts.items())

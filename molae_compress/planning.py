@@ -96,8 +96,9 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, totals included."""
-        return {**asdict(self), "dense_parameters": self.dense_parameters, "parameters": self.parameters}
+        """Plain JSON values, totals and warnings included."""
+        totals = {"dense_parameters": self.dense_parameters, "parameters": self.parameters}
+        return {**asdict(self), **totals, "warnings": list(self.warnings())}
 
     def __str__(self) -> str:
         lines = [f"{'module':40} {'form':8} {'groups':>9} {'ranks':>11} {'parameters':>14} {'kept':>6} {'flops':>6}"]
@@ -122,8 +123,9 @@ class Plan:
             f"{self.tokens:,} calibration tokens",
         ]
         if not self.measured:
+            mover = "calibration" if self.tokens else "the weights"
             lines.append(
-                "ranks shown are those of a uniform budget; calibration will move them within "
+                f"ranks shown are those of a uniform budget; {mover} will move them within "
                 f"{human_bytes(self.limit_bytes)} for the whole"
             )
         lines += [f"warning: {warning}" for warning in self.warnings()]

@@ -7,6 +7,7 @@ called. Opening a checkpoint reads headers only, and refuses there whatever coul
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from molae_compress.adapters.skeleton import (
     skeleton,
     zero_computed_buffers_,
 )
+from molae_compress.adapters.unknown import refuse_further_layers
 from molae_compress.checkpoint import Checkpoint, StoredTensors, open_source, resolve_model
 from molae_compress.errors import CheckpointError, DataError, ModelError, RecipeError
 from molae_compress.layouts import dense_experts, weight_names
@@ -56,10 +58,14 @@ class Source(Protocol):
         """The precision the weights of an experts module are stored in."""
 
     def nbytes(self) -> int:
-        """Bytes of all tensors; those of quantised weights as they are read."""
+        """Bytes of all tensors on disk, as they are read: parameters and persistent buffers, tied ones counted once."""
 
     def expert_bytes(self, spec: ExpertsSpec) -> int:
-        """Bytes of the tensors that the latent form of an experts module replaces."""
+        """Those of them that hold the weights of an experts module; of a tensor of several modules, its share.
+
+        The sum over all modules is so never more than `nbytes`. A latent module shares nothing: where experts are tied, the
+        result may be larger than the original.
+        """
 
     def quantized(self) -> tuple[str, int] | None:
         """The method by which the files hold weights in fewer bits, and the bytes of the tensors in them; None if plain."""
@@ -128,6 +134,7 @@ class DiskSource:
                 why="Missing weights would be invented.",
                 remedy="Fetch the checkpoint again, with all its shards.",
             )
+        refuse_further_layers(folder, checkpoint.entries.keys() - keys.unknown, keys.unknown)
         source = cls(folder, checkpoint, bare, keys, specs, found, device)
         keys.materialise("", source._meta)  # on meta: shapes are checked without reading a weight
         for spec in source.specs:
@@ -174,6 +181,10 @@ class DiskSource:
         """
         return self._expert_keys[spec.name]
 
+    def all_expert_keys(self) -> set[str]:
+        """Those of all experts modules."""
+        return set().union(*self._expert_keys.values())
+
     @cached_property
     def _expert_keys(self) -> dict[str, set[str]]:
         return {
@@ -183,7 +194,7 @@ class DiskSource:
 
     @cached_property
     def _shared(self) -> bool:
-        return sum(map(len, self._expert_keys.values())) > len(set().union(*self._expert_keys.values()))
+        return sum(map(len, self._expert_keys.values())) > len(self.all_expert_keys())
 
     def quantized(self) -> tuple[str, int] | None:
         method = self.checkpoint.quantization
@@ -252,13 +263,23 @@ class LiveSource:
         return dense_experts(self.model, spec)
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
-        return self.model.get_parameter(weight_names(self.model, spec.name)[0]).dtype
+        return self._weights(spec)[0].dtype
 
     def expert_bytes(self, spec: ExpertsSpec) -> int:
-        return sum(self.model.get_parameter(name).nbytes for name in weight_names(self.model, spec.name))
+        return round(sum(weight.nbytes / self._owners[id(weight)] for weight in self._weights(spec)))
+
+    @cached_property
+    def _owners(self) -> Counter[int]:
+        """How many experts modules hold each weight, by its id."""
+        return Counter(id(weight) for spec in self.specs for weight in self._weights(spec))
+
+    def _weights(self, spec: ExpertsSpec) -> list[nn.Parameter]:
+        return [self.model.get_parameter(name) for name in weight_names(self.model, spec.name)]
 
     def nbytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        ignored = self.model._keys_to_ignore_on_save or ()
+        state = self.model.state_dict(keep_vars=True).items()
+        return sum({id(tensor): tensor.nbytes for name, tensor in state if name not in ignored}.values())
 
     def quantized(self) -> None:
         return None
@@ -352,7 +373,13 @@ def check_tokens(windows_NL: Tensor, vocabulary: int) -> None:
 
 
 def _check_experts(source: DiskSource, spec: ExpertsSpec) -> None:
-    """Refuses experts in eight bits that do not say so, in several types, or with tensors the class does not know."""
+    """Refuses experts in eight bits that do not say so, in several types, with tensors unknown to the class, or too few."""
+    if spec.top_k > spec.num_experts:
+        raise ModelError(
+            f"By config.json each token uses {spec.top_k} of the {spec.num_experts} experts of '{spec.name}'.",
+            why="The router cannot choose so many.",
+            remedy="Fetch config.json and weights of the same model again.",
+        )
     keys = source.keys.sources_of(spec.name)
     dtypes = {source.checkpoint.entries[key].dtype for key in keys}
     if not dtypes <= {"F64", "F32", "F16", "BF16"} or len(dtypes) > 1:

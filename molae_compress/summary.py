@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from molae_compress.adapters import unproven_experts
 from molae_compress.budget import Shapes, most_bytes
 from molae_compress.compress import Run
 from molae_compress.evaluation import Evaluation
@@ -60,6 +61,7 @@ def summarise(
     evaluation: Evaluation | None = None,
     source_fingerprint: str = "",
     unknown: Collection[str] = (),
+    unknown_experts: Collection[str] = (),
     resumed: int = 0,
 ) -> Report:
     """The report of a finished run.
@@ -73,6 +75,7 @@ def summarise(
         evaluation: comparison with the original.
         source_fingerprint: of the checkpoint.
         unknown: its tensors that the model class does not know.
+        unknown_experts: those of them that are weights of routed experts.
         resumed: items that an earlier, interrupted run had finished.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
@@ -86,10 +89,17 @@ def summarise(
     layers = _layer_reports(run, shapes)
     warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
     warnings += plan.warnings()
+    warnings += tuple(
+        f"'{path}' looks like routed experts and was left alone: that a router sends tokens to it cannot be told."
+        for path in unproven_experts(run.source.model)
+    )
+    if run.windows_NL is None and recipe.method != "paper" and recipe.budget.rank != "full":
+        warnings += ("No calibration text was used: at the same size, quality is far lower than with some.",)
     if unknown:
+        dense = f" {len(unknown_experts)} of them are routed experts, which so stay dense." if unknown_experts else ""
         warnings += (
             f"{len(unknown)} tensors of the checkpoint are unknown to {type(run.source.model).__name__} and were copied as "
-            f"they are, for example '{min(unknown)}'.",
+            f"they are, for example '{min(unknown)}'.{dense}",
         )
     return Report(
         model=model,

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from torch import Tensor
 
 from molae_compress.adapters.skeleton import model_class, read_config
@@ -18,6 +17,7 @@ from molae_compress.calibration.walk import LayerArguments, model_inputs
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import MolaeError
 from molae_compress.modeling.latent import LatentExperts
+from molae_compress.recipe.files import read_yaml
 from molae_compress.report import Report
 from molae_compress.report.report import RECIPE
 from molae_compress.source import DiskSource
@@ -71,6 +71,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Pro
             passed, detail = examine()
         except MolaeError as error:
             passed, detail = False, str(error)
+        except Exception as error:  # whatever a damaged folder makes other libraries raise is a finding
+            passed, detail = False, f"{type(error).__name__}: {error}"
         checks.append(Check(name, passed, detail))
         progress("verify", len(checks), 5)
         return passed
@@ -87,7 +89,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Pro
 
 def _report(folder: Path) -> tuple[bool, str]:
     report = Report.load(folder)
-    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).exists() else report.recipe
+    recipe = read_yaml(folder / RECIPE) if (folder / RECIPE).exists() else report.recipe
     if recipe != report.recipe:
         return False, f"{RECIPE} and the recipe in the report differ"
     return True, f"written by molae_compress {report.versions.get('molae_compress')} for {report.model}"

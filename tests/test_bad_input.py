@@ -30,7 +30,7 @@ from molae_compress.errors import (
     ResumeError,
 )
 from tests.conftest import CheckpointMaker
-from tests.runs import edit_json, hashes, recipe_for, same_every_time
+from tests.runs import edit_json, hashes, recipe_for, same_every_time, tensors_in
 from tests.tiny import tiny_tokenizer
 
 Edit = Callable[[Path], None]
@@ -217,6 +217,8 @@ def eight_bit_experts(folder: Path) -> None:
         (lambda f: edit_json(f / "config.json", vocab_size=300), CheckpointError, "embed_tokens"),
         (lambda f: edit_json(f / "config.json", num_hidden_layers=3), CheckpointError, "lacks"),
         (lambda f: edit_json(f / "config.json", model_type="qwen9_moe"), ModelError, "config.json"),
+        (lambda f: edit_json(f / "config.json", architectures=["MixtralForCausalLM"]), ModelError, "names MixtralForC"),
+        (lambda f: edit_json(f / "config.json", num_experts_per_tok=99), ModelError, "uses 99 of the 8 experts"),
         (lambda f: edit_json(f / "config.json", hidden_size="wide"), ModelError, "config.json"),
         (
             lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "x.Y"}, model_type="new"),
@@ -240,11 +242,26 @@ def test_a_model_that_cannot_be_used(source: Path, tmp_path: Path, edit: Edit, k
         molae.plan(recipe)
 
 
-def test_layers_that_the_configuration_leaves_out_are_told_of(source: Path, tmp_path: Path) -> None:
+def test_layers_that_the_configuration_leaves_out_are_refused(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", num_hidden_layers=1)
+    found = refused_at_once(CheckpointError, "1 layers more than its config.json says", recipe_for(source), tmp_path / "out")
+    assert "'model.layers.1'" in found.what
+
+
+@pytest.mark.parametrize("place", ["model.layers.2", "mtp.layers.0"])
+def test_a_layer_for_multi_token_prediction_is_copied_and_told_of(source: Path, tmp_path: Path, place: str) -> None:
+    tensors = tensors_in(source)
+    own = {key.replace("model.layers.1.", f"{place}."): tensors[key].clone() for key in tensors if "layers.1." in key}
+    more = {f"{place}.eh_proj.weight" if place.startswith("model") else "mtp.fc.weight": torch.ones(2, 2)}
+    for path in source.glob("model*"):
+        path.unlink()
+    save_file(tensors | own | more, source / "model.safetensors", metadata={"format": "pt"})
     report = molae.run(recipe_for(source), tmp_path / "out")
-    assert len(report.layers) == 1
-    assert any("unknown to Qwen3MoeForCausalLM" in warning and "'model.layers.1." in warning for warning in report.warnings)
+    experts = sum(".experts." in key for key in own)
+    (warning,) = (warning for warning in report.warnings if "unknown to" in warning)
+    assert warning.startswith(f"{len(own) + 1} tensors of the checkpoint are unknown to Qwen3MoeForCausalLM")
+    assert warning.endswith(f"{experts} of them are routed experts, which so stay dense.")
+    assert tensors_in(tmp_path / "out").keys() > own.keys()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -287,6 +304,21 @@ def test_places_that_are_not_ours(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="is not a work directory"):
         molae.run(recipe, tmp_path / "elsewhere", work_dir=taken)
     assert hashes(tmp_path) == before
+
+
+def test_places_inside_one_another(source: Path, tmp_path: Path) -> None:
+    recipe, out, artifact = recipe_for(source, calibrated=False), tmp_path / "out", tmp_path / "artifact"
+    molae.run(recipe, artifact)
+    inside = "one inside the other"
+    refused_at_once(ResumeError, inside, recipe, out, work_dir=out)
+    refused_at_once(ResumeError, inside, recipe, out, work_dir=out / "work")
+    refused_at_once(ResumeError, inside, recipe, out / "work" / "out", work_dir=out)
+    refused_at_once(ResumeError, "inside the model that is read", recipe, source / "out")
+    refused_at_once(ResumeError, "inside the model that is read", recipe, out, work_dir=source / "work")
+    refused_at_once(ResumeError, "inside the finished result", recipe, artifact / "out")
+    shutil.move(source, artifact / "model")
+    with pytest.raises(ResumeError, match=r"The model that is read, .* lies inside the output folder"):
+        molae.run(recipe_for(artifact / "model", calibrated=False), artifact, fresh=True)
 
 
 def test_an_empty_folder_is_filled(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

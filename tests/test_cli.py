@@ -336,7 +336,21 @@ def test_the_plan_says_what_apply_writes(folder: Path) -> None:
     made = call("apply", folder / "my.yaml", "--set", "budget.rank=16", "--output", folder / "rank", "--json")
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["artifact"]["bytes"] == planned["artifact_bytes"]
-    assert "routed experts" in call("plan", folder / "my.yaml").stdout
+    assert planned["warnings"] == []
+    table = call("plan", folder / "my.yaml").stdout
+    assert "routed experts" in table
+    assert "calibration will move them" in table
+    assert "the weights will move them" in call("plan", folder / "my.yaml", "--set", "calibration=null").stdout
+
+
+def test_a_result_that_is_already_there_is_not_said_to_be_written(folder: Path) -> None:
+    result = call("apply", folder / "my.yaml", "--output", folder / "out")
+    assert result.stdout.endswith(f"\n{folder / 'out'} is already there\n")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "molae_compress", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: molae-compress")
 
 
 def test_what_apply_wrote_is_verified_evaluated_and_expanded(folder: Path) -> None:

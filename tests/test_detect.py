@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from molae_compress.adapters import find_experts, layers_with_experts
+from molae_compress.adapters import find_experts, layers_with_experts, unproven_experts
 from molae_compress.errors import ModelError
 from molae_compress.layouts import dense_experts, layout_of, weight_names
 from molae_compress.tensors import ExpertsSpec
@@ -158,6 +158,100 @@ def test_shared_experts_are_left_alone() -> None:
     model.model.layers[0].add_module("shared_experts", OddExperts())
     model.model.layers[1].add_module("ffn", SharedStack())
     assert find_experts(model) == expected_specs("olmoe")
+
+
+class MLP(nn.Module):
+    """A plain MLP; beside a norm, where it has one, it is no such thing."""
+
+    def __init__(self, width: int = 8, norm: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN)
+        if norm:
+            self.norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class TokenRouter(nn.Module):
+    """Holds a bare matrix."""
+
+    def __init__(self, choices: int) -> None:
+        super().__init__()
+        self.centroids = nn.Parameter(torch.zeros(choices, HIDDEN))
+
+
+def with_block(**modules: nn.Module | nn.Parameter) -> PreTrainedModel:
+    """The second layer's block holds these modules instead."""
+    model = tiny_model("olmoe")
+    model.model.layers[1].mlp = block = nn.Module()
+    for name, module in modules.items():
+        setattr(block, name, module)
+    return model
+
+
+def mlps(count: int = 3, **options: Any) -> nn.ModuleList:
+    return nn.ModuleList([MLP(**options) for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"gate": nn.Linear(HIDDEN, 3)},
+        {"wg": nn.Linear(HIDDEN, 3, bias=False)},
+        {"gate": nn.Sequential(nn.Linear(HIDDEN, 8), nn.Linear(8, 3))},
+        {"chooses": TokenRouter(3)},
+        {"gate": nn.Identity()},
+        {"centroids": nn.Parameter(torch.zeros(3, HIDDEN))},
+    ],
+)
+def test_alike_mlps_beside_a_router_are_experts_whatever_they_are_called(router: dict[str, Any]) -> None:
+    for experts in (mlps(), nn.ModuleDict({f"e{number}": MLP() for number in range(3)})):
+        model = with_block(**router, blocks=experts, experts=mlps())
+        assert [spec.name.removeprefix("model.layers.") for spec in find_experts(model)] == [
+            "0.mlp.experts",
+            "1.mlp.blocks",
+            "1.mlp.experts",
+        ]
+        assert unproven_experts(model) == ()
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"blocks": mlps()},
+        {"gate": nn.Linear(HIDDEN, 4), "blocks": mlps()},
+        {"gate_proj": nn.Linear(HIDDEN, HIDDEN), "blocks": mlps()},
+        {"gate": nn.Linear(HIDDEN, 3), "blocks": nn.ModuleList([nn.Sequential(MLP()) for _ in range(3)])},
+        {"chooses": TokenRouter(3), "blocks": nn.ModuleList([nn.Linear(HIDDEN, HIDDEN) for _ in range(3)])},
+    ],
+)
+def test_what_may_be_experts_is_named(modules: dict[str, nn.Module]) -> None:
+    model = with_block(**modules)
+    assert [spec.layer for spec in find_experts(model)] == [0]
+    assert unproven_experts(model) == ("model.layers.1.mlp.blocks",)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"gate": nn.Linear(HIDDEN, 3), "shared_mlps": mlps()},
+        {"norms": nn.ModuleList([nn.LayerNorm(HIDDEN) for _ in range(3)])},
+        {"blocks": mlps(norm=True)},
+        {"blocks": nn.ModuleList([nn.Linear(HIDDEN, HIDDEN) for _ in range(3)])},
+        {"blocks": mlps(1)},
+    ],
+)
+def test_other_lists_are_neither_experts_nor_named(modules: dict[str, nn.Module]) -> None:
+    model = with_block(**modules)
+    assert [spec.layer for spec in find_experts(model)] == [0]
+    assert unproven_experts(model) == ()
+
+
+def test_beside_a_router_a_list_of_more_than_mlps_is_refused() -> None:
+    for blocks in (mlps(norm=True), nn.ModuleList([MLP(8), MLP(8), MLP(9)])):
+        with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.blocks'.* holds experts of"):
+            find_experts(with_block(gate=nn.Linear(HIDDEN, 3), blocks=blocks))
 
 
 def test_a_known_flag_with_an_unknown_structure_is_refused() -> None:

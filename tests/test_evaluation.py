@@ -14,12 +14,13 @@ from torch import Tensor
 import molae_compress as molae
 from molae_compress import evaluation
 from molae_compress.calibration.text import read_texts, token_windows
-from molae_compress.calibration.walk import LayerArguments
-from molae_compress.errors import DataError
+from molae_compress.calibration.walk import LayerArguments, model_inputs
+from molae_compress.errors import DataError, ModelError
 from molae_compress.source import DiskSource
 from tests.conftest import CheckpointMaker
 from tests.runs import TEXT, loaded
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.zoo import zoo_model
 
 FAMILY = "qwen3_moe"
 SIZES: dict[str, Any] = {"samples": 5, "sequence_length": 32, "batch_size": 2, "device": "cpu"}  # the last batch is short
@@ -125,6 +126,42 @@ def test_another_tokenizer_is_refused_before_a_weight_is_read(checkpoint: Checkp
         molae.evaluate(checkpoint(FAMILY), data=[text], against=str(other), **SIZES)
     assert raised.value.why
     assert raised.value.remedy
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("DiffusionGemmaForBlockDiffusion", "refines a whole canvas of tokens in place"),
+        ("SwitchTransformersForConditionalGeneration", "does not say which token its decoder starts with"),
+    ],
+)
+def test_models_that_are_shown_what_they_are_to_predict_are_refused(
+    name: str, reason: str, tmp_path: Path, text: str
+) -> None:
+    model, folder = zoo_model(name), tmp_path / "model"
+    if model.config.is_encoder_decoder:
+        model.config.pad_token_id = model.config.bos_token_id = model.config.decoder_start_token_id = None
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    recipe = {"molae": 1, "model": str(folder), "budget": {"rank": 8}, "evaluate": {"data": [text]}}
+    for attempt in (
+        lambda: molae.evaluate(folder, data=[text], **SIZES),
+        lambda: molae.run(recipe, tmp_path / "out", device="cpu"),
+    ):
+        with pytest.raises(ModelError, match=reason) as raised:
+            attempt()
+        assert raised.value.why
+        assert raised.value.remedy
+
+
+@pytest.mark.parametrize("field", ["decoder_start_token_id", "pad_token_id", "bos_token_id"])
+def test_a_decoder_is_shown_only_what_comes_before(field: str) -> None:
+    model = zoo_model("SwitchTransformersForConditionalGeneration")
+    for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id"):
+        setattr(model.config, name, 7 if name == field else None)
+    shown = model_inputs(model, torch.tensor([[11, 12, 13]]))["decoder_input_ids"]
+    assert shown.tolist() == [[7, 11, 12]]
 
 
 def test_a_model_alone_needs_no_other_vocabulary(checkpoint: CheckpointMaker, tmp_path: Path, text: str) -> None:

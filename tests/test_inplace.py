@@ -10,9 +10,10 @@ import pytest
 
 import molae_compress as molae
 from molae_compress import inplace
-from molae_compress.errors import DataError, ModelError, RecipeError
-from tests.runs import same_every_time
+from molae_compress.errors import DataError, ModelError, RecipeError, ResumeError
+from tests.runs import same_every_time, tensors_in
 from tests.tiny import tiny_ids, tiny_model
+from tests.zoo import MODELS, NO_BASIS, zoo_model
 
 DATA_FREE = {"molae": 1, "budget": {"rank": 8}}
 CALIBRATED = {**DATA_FREE, "calibration": {"batch_size": 1}}
@@ -69,6 +70,36 @@ def test_the_saved_report_vouches_for_what_save_pretrained_wrote(tmp_path: Path)
     assert "recipe" in first.detail
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NO_BASIS])
+def test_reported_bytes_are_those_of_the_saved_tensors(name: str, tmp_path: Path) -> None:
+    model = zoo_model(name)
+    model.save_pretrained(tmp_path / "dense")
+    report = molae.compress_(model, DATA_FREE)
+    model.save_pretrained(tmp_path / "latent")
+    report.save(tmp_path / "latent")
+    for part, folder in ((report.source, "dense"), (report.artifact, "latent")):
+        assert part["bytes"] == sum(tensor.nbytes for tensor in tensors_in(tmp_path / folder).values()), folder
+
+
+def test_a_result_with_persistent_buffers_verifies(tmp_path: Path) -> None:
+    model = zoo_model("MiniMaxForCausalLM")
+    report = molae.compress_(model, DATA_FREE)
+    model.save_pretrained(tmp_path)
+    report.save(tmp_path)
+    assert molae.verify(tmp_path).passed
+
+
+def test_tied_experts_that_would_grow_are_refused_in_memory_as_on_disk(tmp_path: Path) -> None:
+    model, recipe = zoo_model("DiffusionGemmaForBlockDiffusion"), {"molae": 1, "budget": {"keep": 0.6}}
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match=r"would take .* more than the .* of the original") as in_memory:
+        molae.compress_(model, recipe)
+    with pytest.raises(RecipeError) as on_disk:
+        molae.run({**recipe, "model": str(tmp_path / "dense")}, tmp_path / "out")
+    assert str(in_memory.value) == str(on_disk.value)
+    assert "shares weights" in in_memory.value.why
+
+
 def test_a_killed_expansion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from molae_compress import expansion
 
@@ -89,6 +120,10 @@ def test_a_killed_expansion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.expand-work", "latent"]
     molae.expand(tmp_path / "latent", tmp_path / "dense")
     assert calls == ["layer.0", "layer.1", "layer.1"]
+    with pytest.raises(ResumeError, match="one inside the other"):
+        molae.expand(tmp_path / "latent", tmp_path / "again", work_dir=tmp_path / "again" / "work")
+    with pytest.raises(ResumeError, match="inside the model that is read"):
+        molae.expand(tmp_path / "latent", tmp_path / "latent" / "dense")
     molae.expand(tmp_path / "latent", tmp_path / "again", work_dir=tmp_path / "elsewhere")
     assert same_every_time(tmp_path / "again") == same_every_time(tmp_path / "dense")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "dense", "latent"]

@@ -17,6 +17,7 @@ from molae_compress.inspection import ELSEWHERE, IN_BLOCK, IN_LAYERS, SHARED, Fo
 from molae_compress.layouts.fused import Decorated, WholeBlock
 from molae_compress.layouts.lists import ExpertList
 from tests.conftest import CheckpointMaker
+from tests.runs import tensors_in
 from tests.test_quantized_source import Quantized, save_fp8, save_mxfp4
 from tests.zoo import zoo_model
 
@@ -76,6 +77,15 @@ def test_the_rule_is_told_for_each_module(checkpoint: CheckpointMaker, capsys: p
     assert f"\nmodel.layers.*.mlp.experts found by: {Decorated.rule}\n" in table
     assert f"\nmodel.layers.*.moe_experts found by: {ExpertList.rule}\n" in table
     assert WholeBlock.rule not in table
+
+
+# Tied experts; weights of experts that compute nothing.
+@pytest.mark.parametrize("name", ["DiffusionGemmaForBlockDiffusion", "LongcatFlashForCausalLM"])
+def test_every_number_of_the_checkpoint_is_counted_once(name: str, tmp_path: Path) -> None:
+    zoo_model(name).save_pretrained(tmp_path)
+    found = inspect(str(tmp_path))
+    assert found.parameters == sum(tensor.numel() for tensor in tensors_in(tmp_path).values())
+    assert found.parameters == found.expert_parameters + sum(part.parameters for part in found.left_alone)
 
 
 @pytest.mark.parametrize("save", [save_fp8, save_mxfp4])

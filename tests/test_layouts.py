@@ -182,8 +182,32 @@ def test_a_latent_list_is_taken_apart_like_the_original(remote_folder: Path) -> 
     for found in ([expert(x) for expert in experts], [experts[torch.tensor(e)](x) for e in range(4)]):
         torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(experts[-1](x), expected[-1], rtol=1e-4, atol=1e-4)
+    assert [one(x).shape for one in experts[1:3]] == [x.shape] * 2
+    torch.testing.assert_close(experts[1:3][0](x), expected[1], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(one.forward(x), other(x)) for one, other in zip(experts, experts[:], strict=True))
+    assert experts[0] in experts
+    assert original[0] not in experts
     with pytest.raises(IndexError):
         experts[4]
+
+
+def test_a_single_latent_expert_answers_as_one_of_the_originals(remote_folder: Path) -> None:
+    model = load_remote(remote_folder)
+    original = model.layers[0].experts[1]
+    compress_(model, HALF)
+    for dtype in (torch.float32, torch.bfloat16):
+        expert = model.to(dtype).layers[0].experts[1]
+        for (name, weight), (other, stand_in) in zip(original.named_parameters(), expert.named_parameters(), strict=True):
+            assert (name, weight.shape, weight.device, dtype) == (other, stand_in.shape, stand_in.device, stand_in.dtype)
+            assert stand_in.untyped_storage().nbytes() <= 8
+        assert expert.gate_proj.weight.dtype == dtype
+        assert expert.down_proj.in_features == original.down_proj.in_features
+        assert expert.act_fn is not None
+        assert not hasattr(expert, "w1")
+        assert expert(torch.ones(2, HIDDEN, dtype=dtype)).isfinite().all()
+        assert expert.gate_proj(torch.ones(2, HIDDEN, dtype=dtype)).isnan().all()
+    held = model.layers[0].experts
+    assert set(held.state_dict()) == set(held.shape.tensors(held.spec))
 
 
 class MLP(nn.Module):

@@ -77,7 +77,7 @@ def test_a_hub_id_is_downloaded_without_other_layouts(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     taken: list[str] = []
     offered = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "modeling_x.py", "LICENSE"]
-    offered += ["pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "x.gguf", "README.md"]
+    offered += ["README.md", "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "x.gguf"]
 
     def snapshot_download(
         repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
@@ -91,7 +91,7 @@ def test_a_hub_id_is_downloaded_without_other_layouts(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert resolve_model("owner/name") == tmp_path
-    assert taken == offered[:5]
+    assert taken == offered[:6]
 
 
 def test_companions_are_everything_but_weights_config_and_card(tmp_path: Path) -> None:

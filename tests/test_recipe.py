@@ -292,6 +292,8 @@ def test_a_missing_file_is_never_read_as_yaml(tmp_path: Path) -> None:
         (b"molae: 1\nmodel: !!python/object:os.system x", "not valid YAML at line 2"),
         (b"molae: 1\n# caf\xe9", r"not UTF-8 \(byte 14\)"),
         (b"model: x", "`molae` is missing.*first line"),
+        (b"molae: 1\ncalibration:\nbudget:\n  keep: 0.5", r"nothing below `calibration:` \(line 2.*data-free run"),
+        (b"molae: 1\nevaluate: # later", "nothing below `evaluate:`"),
     ],
 )
 def test_unusable_files(content: bytes, message: str, tmp_path: Path) -> None:

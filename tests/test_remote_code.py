@@ -7,21 +7,25 @@ another. Nothing about it is registered anywhere: its experts are a list of gate
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import molae_compress as molae
 from molae_compress.cli import main
-from molae_compress.errors import ModelError
-from molae_compress.inspection import SHARED, inspect
+from molae_compress.compress import Run
+from molae_compress.errors import ModelError, ResumeError
+from molae_compress.inspection import SHARED, UNPROVEN, inspect
 from molae_compress.layouts.lists import ExpertList
+from molae_compress.report import Report
 from molae_compress.source import load_tokenizer
 from tests.runs import edit_json, hashes
 from tests.tiny import tiny_ids, tiny_model, tiny_tokenizer
@@ -122,8 +126,16 @@ RECIPE = {"molae": 1, "budget": {"rank": 8}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that brings its own code, with a tokenizer."""
-    place = tmp_path_factory.mktemp("heron")
+    return save_heron(tmp_path_factory.mktemp("heron"))
+
+
+def save_heron(place: Path, *changes: tuple[str, str]) -> Path:
+    """Saves a model in a folder of its own; `changes` to its code are pairs of old and new text."""
+    assert all(any(old in text for text in CODE.values()) for old, _ in changes)
+    place.mkdir(exist_ok=True)
     for name, text in CODE.items():
+        for old, new in changes:
+            text = text.replace(old, new)
         (place / name).write_text(text)
     (place / "config.json").write_text(json.dumps({"model_type": "heron_of_the_tests", "auto_map": AUTO_MAP}))
     config = AutoConfig.from_pretrained(place, trust_remote_code=True)
@@ -203,6 +215,19 @@ def test_saved_from_memory_it_brings_the_code_too(folder: Path, tmp_path: Path) 
     torch.testing.assert_close(logits(load(tmp_path)), logits(model))
 
 
+def test_changed_code_is_another_model(folder: Path, artifact: Path, tmp_path: Path) -> None:
+    assert Report.load(artifact).inputs["transformers"] == transformers.__version__
+    changed, out = tmp_path / "changed", tmp_path / "out"
+    shutil.copytree(folder, changed)
+    recipe = {**RECIPE, "model": str(changed)}
+    molae.run(recipe, out, trust_remote_code=True)
+    assert molae.run(recipe, out, trust_remote_code=True).files
+    with next(changed.glob("modeling*.py")).open("a") as file:
+        file.write("# of another mind\n")
+    with pytest.raises(ResumeError, match="there -> now: code: "):
+        molae.run(recipe, out, trust_remote_code=True)
+
+
 def test_expanded_it_is_a_plain_checkpoint_of_that_code(folder: Path, artifact: Path, tmp_path: Path) -> None:
     molae.expand(artifact, tmp_path / "dense", trust_remote_code=True)
     assert hashes(tmp_path / "dense", "*.py") == hashes(folder, "*.py")
@@ -227,6 +252,104 @@ def test_every_verb_runs_with_permission(folder: Path, tmp_path: Path) -> None:
     ):
         done = call(*words, trust)
         assert done.exit_code == 0, f"{words}\n{done.output}"
+
+
+CALL, REST = "expert(flat[tokens])", "self.shared ="
+MORE_EXPERTS = (
+    (REST, f"self.blocks = nn.ModuleList([HeronMLP(config) for _ in range(config.num_experts)])\n        {REST}"),
+    (
+        "        return out.view_as(x)",
+        """        for number, expert in enumerate(self.blocks):
+            tokens, slots = torch.where(chosen == number)
+            out.index_add_(0, tokens, expert(flat[tokens]) * weights[tokens, slots, None])
+        return out.view_as(x)""",
+    ),
+)
+LOOKS_INSIDE = {
+    "type": (CALL, "expert(flat[tokens].to(expert.w1.weight.dtype))"),
+    "device": (CALL, "expert(flat[tokens].to(next(expert.parameters()).device))"),
+    "shape": (CALL, "expert(flat[tokens][:, : expert.w1.weight.shape[1]])"),
+    "keyword": (CALL, "expert(x=flat[tokens])"),
+    "slice": ("enumerate(self.experts)", "enumerate(self.experts[: len(self.experts)])"),
+    "last first": ("self.experts)", "[self.experts[n - len(self.experts)] for n in range(4)])"),
+}
+
+
+def test_a_second_list_under_another_name_is_compressed_too(tmp_path: Path) -> None:
+    folder = save_heron(tmp_path / "two_lists", *MORE_EXPERTS)
+    found = inspect(str(folder), trust_remote_code=True)
+    names = [f"layers.{layer}.moe.{name}" for layer in range(LAYERS) for name in ("experts", "blocks")]
+    assert [experts.spec.name for experts in found.experts] == names
+    text = {"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 16}
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 20)
+    recipe = {"molae": 1, "budget": {"rank": "full"}, "calibration": text, "model": str(folder)}
+    report = molae.run(recipe, tmp_path / "two_lists_out", trust_remote_code=True)
+    assert [(layer.name, sum(layer.tokens_per_expert)) for layer in report.layers] == [(name, 2 * 4 * 16) for name in names]
+    torch.testing.assert_close(logits(load(tmp_path / "two_lists_out")), logits(load(folder)), rtol=1e-3, atol=1e-3)
+    assert molae.verify(tmp_path / "two_lists_out", trust_remote_code=True).passed
+
+
+def test_what_may_be_routed_experts_is_named_where_it_is_left_alone(tmp_path: Path) -> None:
+    chosen = ("self.router(flat)", "self.scores(flat)")
+    hidden = ("self.router = nn.Linear", "self.scores = lambda flat: flat[:, :4]\n        self.mix = nn.Linear")
+    folder = save_heron(tmp_path / "unproven", *MORE_EXPERTS, chosen, hidden, ("config.num_experts, bias", "7, bias"))
+    found = inspect(str(folder), trust_remote_code=True)
+    assert [experts.spec.name for experts in found.experts] == [f"layers.{layer}.moe.experts" for layer in range(LAYERS)]
+    assert {part.name: part.reason for part in found.left_alone}["layers.*.moe.blocks"] == UNPROVEN
+    report = molae.run({**RECIPE, "model": str(folder)}, tmp_path / "unproven_out", trust_remote_code=True)
+    said = [warning for warning in report.warnings if "looks like routed experts" in warning]
+    assert [warning.split("'")[1] for warning in said] == [f"layers.{layer}.moe.blocks" for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
+@pytest.mark.parametrize("look", LOOKS_INSIDE)
+def test_code_may_look_at_the_experts_it_takes_out(look: str, calibrated: bool, tmp_path: Path) -> None:
+    # transformers keeps code by the name of its folder
+    name = f"looks_{look.replace(' ', '_')}_{calibrated}"
+    folder, out = save_heron(tmp_path / name, LOOKS_INSIDE[look]), tmp_path / f"{name}_out"
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 20)
+    text = {"data": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 16}
+    recipe = {"molae": 1, "budget": {"rank": "full"}, "model": str(folder), **({"calibration": text} if calibrated else {})}
+    molae.run(recipe, out, trust_remote_code=True)
+    torch.testing.assert_close(logits(load(out)), logits(load(folder)), rtol=1e-3, atol=1e-3)
+    assert molae.verify(out, trust_remote_code=True).passed
+
+
+WANTS_MORE = {
+    "layers": ("expert.w2(expert.w1(flat[tokens]))", "no finite numbers"),
+    "weights": ("nn.functional.linear(flat[tokens], expert.w2.weight @ expert.w1.weight)", "no finite numbers"),
+    "itself": ("expert.train(False)(flat[tokens])", "no finite numbers"),
+    "insides": ("expert(flat[tokens], **self.experts._modules['0']._buffers)", "ends with KeyError: '0'"),
+}
+
+
+@pytest.mark.parametrize("want", WANTS_MORE)
+def test_code_that_wants_more_of_its_experts_is_refused_before_the_work(
+    want: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, reason = WANTS_MORE[want]
+    folder = save_heron(tmp_path / f"wants_{want}", (CALL, call))
+    monkeypatch.setattr(Run, "solve_layers", lambda *_: pytest.fail("solves what could not run"))
+    for attempt in (
+        lambda: molae.run({**RECIPE, "model": str(folder)}, tmp_path / "out", trust_remote_code=True),
+        lambda: molae.compress_(load(folder), RECIPE),
+    ):
+        with pytest.raises(ModelError, match=rf"block HeronMoE around the experts 'layers\.0\.moe\.experts'.*{reason}"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_needs_more_than_hidden_states_is_proven_in_its_layer(tmp_path: Path) -> None:
+    changes = (
+        ("forward(self, x):\n        flat", "forward(self, x, *, factor):\n        flat"),
+        ("self.moe(self.norm(x))", "self.moe(self.norm(x), factor=1.0)"),
+    )
+    folder = save_heron(tmp_path / "factor", *changes)
+    molae.run({**RECIPE, "model": str(folder)}, tmp_path / "factor_out", trust_remote_code=True)
+    assert molae.verify(tmp_path / "factor_out", trust_remote_code=True).passed
+    folder = save_heron(tmp_path / "factor_spoilt", *changes, (CALL, WANTS_MORE["layers"][0]))
+    with pytest.raises(ModelError, match="no finite numbers"):
+        molae.run({**RECIPE, "model": str(folder)}, tmp_path / "never", trust_remote_code=True)
 
 
 def test_without_permission_no_line_of_it_runs(folder: Path, artifact: Path, tmp_path: Path) -> None:

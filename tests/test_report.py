@@ -102,6 +102,12 @@ def test_a_report_that_is_not_ours_is_refused(tmp_path: Path, text: str | None, 
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(("key", "value"), [("files", 7), ("recipe", []), ("artifact", {}), ("layers", None)])
+def test_a_report_with_an_entry_of_another_kind_is_refused(key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match="The report cannot be read"):
+        Report.from_dict({**made_report().to_dict(), key: value})
+
+
 def test_a_report_with_an_unknown_entry_in_a_layer_is_refused() -> None:
     content = made_report().to_dict()
     content["layers"][0]["erh_h"] = 1.0

@@ -131,6 +131,17 @@ def test_config_recipe_and_report_say_what_was_done(made: Callable[[str], Made],
     assert report.err_h == pytest.approx(sum(layer.err_h or 0 for layer in report.layers))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [((), True), (("method=paper", "budget.keep=0.7"), False), (("budget.rank=full",), False)],
+)
+def test_a_data_free_result_says_so(
+    checkpoint: CheckpointMaker, tmp_path: Path, overrides: tuple[str, ...], warned: bool
+) -> None:
+    report = molae.run(recipe_for(checkpoint("qwen3_moe"), *overrides, calibrated=False), tmp_path / "out")
+    assert any("No calibration text" in warning for warning in report.warnings) == warned
+
+
 def test_the_card_has_front_matter(made: Callable[[str], Made], family: str) -> None:
     card = (made(family).folder / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
@@ -243,6 +254,10 @@ def cut_the_report(folder: Path) -> None:
     path.write_text(path.read_text()[:-200])
 
 
+def break_the_recipe(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("a: [")
+
+
 def change_the_architecture(folder: Path) -> None:
     edit_json(folder / "config.json", rms_norm_eps=0.5)
 
@@ -272,6 +287,33 @@ def test_verify_finds_damage(
     found = molae.verify(folder)
     assert not found.passed
     assert failing in [check.name for check in found.checks if not check.passed], found
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_the_recipe, "not valid YAML"),
+        (lambda folder: edit_json(folder / "molae_report.json", files=7), "`files` is 7, not a mapping"),
+        (lambda folder: edit_json(folder / "molae_report.json", artifact={}), "`artifact` holds no number of `bytes`"),
+    ],
+)
+def test_verify_says_what_is_wrong_with_a_report(
+    made: Callable[[str], Made], damage: Callable[[Path], None], says: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made("qwen3_moe").folder, tmp_path / "damaged"))
+    damage(folder)
+    (first, *_) = molae.verify(folder).checks
+    assert (first.name, first.passed) == ("report", False)
+    assert says in first.detail
+
+
+def test_whatever_loading_raises_is_a_failed_check(made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("in somebody else's code")
+
+    monkeypatch.setattr("molae_compress.verification.probe", fails)
+    last = molae.verify(made("qwen3_moe").folder).checks[-1]
+    assert (last.name, last.passed, last.detail) == ("forward", False, "ZeroDivisionError: in somebody else's code")
 
 
 # Back to dense

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from molae_compress.errors import ModelError
-from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of
+from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of, routed_layout
+from molae_compress.layouts.lists import is_container, router_beside
 from molae_compress.tensors import ExpertsSpec
 
 EXPERTS_CLASS = re.compile(r"Experts?(MLP|GLU)?$")
@@ -37,7 +38,7 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     specs: list[ExpertsSpec] = []
     strangers: list[str] = []
     for name, module in _outermost_experts(model):
-        if layout_of(name, module) is None:
+        if routed_layout(model, name) is None:
             strangers.append(f"'{name}' ({type(module).__name__})")
         else:
             specs.append(describe_in(model, name))
@@ -50,6 +51,22 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     if not specs:
         raise _nothing_found(model)
     return specs
+
+
+def unproven_experts(model: nn.Module) -> tuple[str, ...]:
+    """Paths of lists that look like routed experts and are left alone, because it cannot be told that they are.
+
+    They hold alike MLPs with no router beside them, or other modules beside a router of as many outputs.
+
+    Args:
+        model: a dense transformers model.
+    """
+    found: list[str] = []
+    for name, module, routed in _outermost(model):
+        above = tuple(f"{path}." for path in found)
+        if not routed and is_container(module) and not name.startswith(above) and _may_be_routed(model, name, module):
+            found.append(name)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,11 @@ def layers_with_experts(model: nn.Module, experts: Iterable[str] | None = None) 
 
 def _outermost_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that are or look like routed experts, none of them inside another."""
+    return ((name, module) for name, module, routed in _outermost(model) if routed)
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Modules, and whether they are or look like routed experts; nothing inside those, or inside what is left alone."""
     inside = "\0"
     for name, module in model.named_modules():
         if name.startswith(inside):
@@ -101,9 +123,36 @@ def _outermost_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             )
         if class_name in LEFT_ALONE or _is_shared(name, module):
             inside = f"{name}."
-        elif layout_of(name, module) is not None or (_looks_like_experts(name, module) and not _holds_experts(name, module)):
+        elif _is_routed(model, name) or (_looks_like_experts(name, module) and not _holds_experts(model, name)):
             inside = f"{name}."
-            yield name, module
+            yield name, module, True
+        else:
+            yield name, module, False
+
+
+def _is_routed(model: nn.Module, name: str) -> bool:
+    """Whether a module is routed experts of a known layout; a list of MLPs outside numbered layers is a projector or so."""
+    layout = routed_layout(model, name)
+    named = EXPERTS_ATTRIBUTE.search(name.rpartition(".")[2]) is not None
+    return layout is not None and (not layout.called_one_by_one or named or LAYER_NUMBER.search(name) is not None)
+
+
+def _may_be_routed(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a list that was not found to be routed experts may be such nevertheless.
+
+    What the classes of transformers itself hold is known: all of them are tested.
+    """
+    above, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(above)
+    if type(parent).__module__.startswith("transformers.models."):
+        return False
+    layout = layout_of(name, module)
+    if layout is not None:
+        return layout.refusal(module) is None
+    kinds = {(type(child), *(tuple(p.shape) for p in child.parameters())) for child in module.children()}
+    alike = len(module._modules) > 1 and len(kinds) == 1 and any(p.dim() > 1 for p in module.parameters())
+    beside = router_beside(parent, leaf, len(module._modules), named=True)
+    return alike and "shared" not in leaf and beside
 
 
 def _is_shared(name: str, module: nn.Module) -> bool:
@@ -126,8 +175,8 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     return bool(EXPERTS_CLASS.search(type(module).__name__) or EXPERTS_ATTRIBUTE.search(leaf)) or same_length
 
 
-def _holds_experts(name: str, module: nn.Module) -> bool:
-    return any(layout_of(f"{name}.{path}", child) is not None for path, child in module.named_modules() if path)
+def _holds_experts(model: nn.Module, name: str) -> bool:
+    return any(_is_routed(model, f"{name}.{path}") for path, _ in model.get_submodule(name).named_modules() if path)
 
 
 def _stacks(module: nn.Module) -> dict[str, int]:
@@ -171,7 +220,8 @@ def _nothing_found(model: nn.Module) -> ModelError:
         f"No routed experts were found in {type(model).__name__}.",
         why=f"Modules named after experts: {_listed(named) or 'none'}. "
         f"Classes with stacked (3-D) parameters: {_listed(stacked) or 'none'}.",
-        remedy="Give a Mixture-of-Experts model whose experts transformers implements in fused form.",
+        remedy="Give a Mixture-of-Experts model. Experts are found as one module with stacked weights, or as a list or "
+        "dictionary of alike modules; for any other form write a layout (see docs/adapters.md).",
     )
 
 

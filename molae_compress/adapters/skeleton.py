@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,12 +58,36 @@ def model_class(config: PretrainedConfig) -> Any:
     """What loads a whole checkpoint: the class of transformers that its config names, else `AutoModelForCausalLM`.
 
     For a composite of text and other towers the latter may load the text model alone.
+
+    Raises:
+        ModelError: the class that is named belongs to another model type.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    is_own_code = type(config).__module__.partition(".")[0] != "transformers"
-    if is_own_code or not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+    if _is_own_code(config) or not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
         return AutoModelForCausalLM
+    if not isinstance(config, named.config_class or PretrainedConfig):
+        raise ModelError(
+            f"The configuration is of model type '{config.model_type}', but its `architectures` names {named.__name__}.",
+            why="That class is configured by another model type.",
+            remedy="Fetch config.json of the model again.",
+        )
     return named
+
+
+def _is_own_code(thing: object) -> bool:
+    """Whether the class of a configuration or model came with a model folder."""
+    return type(thing).__module__.partition(".")[0] != "transformers"
+
+
+def code_fingerprint(folder: Path, model: PreTrainedModel) -> str:
+    """SHA-256 over the Python files of a model folder, in hex; empty if none of them is used."""
+    if not (_is_own_code(model) or _is_own_code(model.config)):
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

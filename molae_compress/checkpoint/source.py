@@ -19,6 +19,7 @@ _DOWNLOADED = [
     "*.tiktoken",
     "LICENSE*",
     "NOTICE*",
+    "README.md",  # its front matter holds the licence
 ]
 # Second copies of the weights, in the layout of other programs.
 _NOT_DOWNLOADED = ["*/*.safetensors", "consolidated*.safetensors"]

@@ -210,6 +210,42 @@ def check_output_folder(path: Path, *, ours: Callable[[Path], bool]) -> None:
         )
 
 
+def check_places(out: Path, work: Path, source: Path, *, ours: Callable[[Path], bool]) -> None:
+    """Refuses an output folder or a work directory that lies inside what must stay as it is, or one inside the other.
+
+    Args:
+        out: the folder to write to, absolute like the others.
+        work: the work directory.
+        source: the folder that is read.
+        ours: says whether a folder is a finished result.
+    """
+    if out == work or out in work.parents or work in out.parents:
+        raise ResumeError(
+            f"The work directory '{work}' and the output folder '{out}' are one inside the other.",
+            why="The finished output takes the place of what was at its path.",
+            remedy="Give another --work-dir, or none: it is then made beside the output.",
+        )
+    for path, name in ((out, "output folder"), (work, "work directory")):
+        if source == path or source in path.parents:
+            raise ResumeError(
+                f"The {name} '{path}' lies inside the model that is read, '{source}'.",
+                why="The source is never written to.",
+                remedy="Give a folder elsewhere.",
+            )
+        if path in source.parents:
+            raise ResumeError(
+                f"The model that is read, '{source}', lies inside the {name} '{path}'.",
+                why="It would be lost when that folder is replaced or cleaned up.",
+                remedy="Give a folder elsewhere.",
+            )
+        if (inside := next((parent for parent in path.parents if ours(parent)), None)) is not None:
+            raise ResumeError(
+                f"The {name} '{path}' lies inside the finished result '{inside}'.",
+                why="That folder holds what its report vouches for, and nothing else.",
+                remedy="Give a folder elsewhere.",
+            )
+
+
 def check_free_space(path: Path, needed: int, what: str) -> None:
     """Refuses to start if the disk of `path` (which need not exist) has fewer than `needed` free bytes for `what`."""
     parent = _existing_parent(path)

@@ -76,16 +76,18 @@ def apply(
     but fails the recipe's `gate`.
     """
     import molae_compress as molae
+    from molae_compress.artifact import is_artifact
 
     command.calm_libraries(quiet=quiet)
     asked = molae.Recipe.load(recipe, command.overrides_with_model(overrides, model))
+    done = f"{output} is already there" if is_artifact(output.expanduser()) and not where["fresh"] else f"Wrote {output}"
     try:
         with shown(quiet=quiet) as progress:
             report = molae.run(asked, output, progress=progress, **where)
     except QualityGateError:
-        _show_result(molae.Report.load(output), output, as_json)
+        _show_result(molae.Report.load(output), done, as_json)
         raise
-    _show_result(report, output, as_json)
+    _show_result(report, done, as_json)
 
 
 @verb(
@@ -170,12 +172,12 @@ def expand(folder: Path, out: Path, quiet: bool, **where: Any) -> None:
     click.echo(f"Wrote {out}")
 
 
-def _show_result(report: Any, output: Path, as_json: bool) -> None:
+def _show_result(report: Any, done: str, as_json: bool) -> None:
     if as_json:
         command.write_json(report.to_dict())
         return
     tables.show_report(report)
-    click.echo(f"\nWrote {output}")
+    click.echo(f"\n{done}")
 
 
 def _recipe_text(folder: Path) -> dict[str, Any]:

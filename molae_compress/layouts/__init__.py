@@ -1,7 +1,15 @@
 """What routed-experts classes store and how they are called; everything else of the package is free of both."""
 
 from molae_compress.layouts.base import FLAGS, Call, Layout, Traits, Weights, bare_copy, gated
-from molae_compress.layouts.registry import LAYER_NUMBER, dense_experts, describe_in, layout_of, layouts, weight_names
+from molae_compress.layouts.registry import (
+    LAYER_NUMBER,
+    dense_experts,
+    describe_in,
+    layout_of,
+    layouts,
+    routed_layout,
+    weight_names,
+)
 
 __all__ = [
     "FLAGS",
@@ -16,5 +24,6 @@ __all__ = [
     "gated",
     "layout_of",
     "layouts",
+    "routed_layout",
     "weight_names",
 ]

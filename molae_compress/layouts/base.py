@@ -81,6 +81,10 @@ class Layout(ABC):
     def matches(self, name: str, module: nn.Module) -> bool:
         """Whether the module at path `name` is experts of this layout; on any device, without computing with its weights."""
 
+    def belongs(self, name: str, module: nn.Module, parent: nn.Module) -> bool:
+        """Whether what lies beside a matching module in `parent` bears out that it is routed experts."""
+        return True
+
     @abstractmethod
     def weight_names(self, module: nn.Module) -> tuple[str, ...]:
         """Parameters of the module (paths inside it) that are experts' weights; what is not among them stays as it is."""

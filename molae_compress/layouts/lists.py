@@ -28,6 +28,8 @@ _LAYERS = (
     ("fc1", "fc2"),
 )
 _LIST_NAME = re.compile(r"(^|_)experts?$")
+_ROUTER_NAME = re.compile(r"(^|_)(gate|gating|router|routing)(?!_?(up|proj))")
+_ROUTER_CLASS = re.compile(r"(Gate|Gating|Router|Routing)(?![a-z])")
 _PROBE_HIDDEN, _PROBE_WIDTH, _PROBE_ROWS = 5, 3, 4
 
 
@@ -38,15 +40,22 @@ class ExpertList(Layout):
     computation.
     """
 
-    rule = "a list or dictionary named after experts, of alike modules that prove to be MLPs of two or three linear layers"
+    rule = (
+        "a list or dictionary, named after experts or beside a router of as many outputs, of alike modules that prove to be "
+        "MLPs of two or three linear layers"
+    )
     called_one_by_one = True
 
     def matches(self, name: str, module: nn.Module) -> bool:
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).forward is not nn.Module.forward:
+        if not is_container(module):
             return False
         leaf = name.rpartition(".")[2]
         experts = self.experts(module)
-        return len(experts) > 1 and bool(_LIST_NAME.search(leaf)) and layer_names(next(iter(experts.values()))) is not None
+        return len(experts) > 1 and (bool(_LIST_NAME.search(leaf)) or _only_mlps(leaf, module, experts))
+
+    def belongs(self, name: str, module: nn.Module, parent: nn.Module) -> bool:
+        leaf = name.rpartition(".")[2]
+        return bool(_LIST_NAME.search(leaf)) or router_beside(parent, leaf, len(module._modules))
 
     def experts(self, module: nn.Module) -> dict[str, nn.Module]:
         """The experts by name, in their order; other things may lie in the container beside them."""
@@ -165,16 +174,67 @@ class NllbExperts(SwitchExperts):
         return Call(x_TH, index_TK.long(), weight_TK * scale, lambda y_TH: y_TH)
 
 
+def is_container(module: nn.Module) -> bool:
+    """Whether it is a plain list or dictionary of modules."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
+
+
+def router_beside(parent: nn.Module, leaf: str, choices: int, *, named: bool = False) -> bool:
+    """Whether a router for the list `leaf` of `parent` lies beside it.
+
+    It is a linear layer or a parameter with an output for each of the list's modules, or a module whose name or class
+    speaks of gates or routers and holds no matrices that say otherwise.
+
+    Args:
+        parent: the module that holds the list.
+        leaf: name of the list in it.
+        choices: modules in the list.
+        named: take only what is named after gates or routers, and has that many outputs.
+    """
+    for name, child in parent.named_children():
+        if name == leaf or is_container(child):
+            continue
+        if _ROUTER_NAME.search(name) or _ROUTER_CLASS.search(type(child).__name__):
+            widths = _widths(child)
+            if choices in widths or not (widths or named):
+                return True
+        elif not named and isinstance(child, nn.Linear) and child.out_features == choices:
+            return True
+    own = parent.named_parameters(recurse=False)
+    return any(p.dim() == 2 and choices in p.shape and (not named or _ROUTER_NAME.search(name)) for name, p in own)
+
+
+def _widths(router: nn.Module) -> set[int]:
+    """Outputs that a router's matrices may have; either side of a bare parameter, whose orientation nobody tells."""
+    widths: set[int] = set()
+    for part in router.modules():
+        if isinstance(part, nn.Linear):
+            widths.add(part.out_features)
+        else:
+            widths.update(*(tuple(p.shape) for p in part.parameters(recurse=False) if p.dim() == 2))
+    return widths
+
+
+def _only_mlps(leaf: str, module: nn.Module, experts: Mapping[str, nn.Module]) -> bool:
+    """Whether a list of whatever name holds MLPs of one class that read and write the same width, and nothing else."""
+    if "shared" in leaf or len(experts) < len(module._modules) or len({type(expert) for expert in experts.values()}) > 1:
+        return False
+    expert = next(iter(experts.values()))
+    first, *_, last = (cast(nn.Linear, expert.get_submodule(layer)) for layer in layer_names(expert) or ())
+    return first.in_features == last.out_features
+
+
 def layer_names(expert: nn.Module) -> tuple[str, ...] | None:
     """The linear layers of an expert, the one to the output last; None if it does not have two or three that fit together.
 
-    Under other names than the usual ones the layer to the output is the one whose widths are those of the others, swapped.
+    Under other names than the usual ones the layer to the output is the one whose widths are those of the others, swapped;
+    of two it is the one that was made last.
     """
     linear = {name: child for name, child in expert.named_children() if isinstance(child, nn.Linear)}
     usual = next((names for names in _LAYERS if set(names) == set(linear)), None)
     if usual is not None or len(linear) not in (2, 3):
         return usual
-    for last, layer in linear.items():
+    for last, layer in reversed(linear.items()):
         others = [name for name in linear if name != last]
         widths = {(linear[name].in_features, linear[name].out_features) for name in others}
         if widths == {(layer.out_features, layer.in_features)} and layer.in_features != layer.out_features:

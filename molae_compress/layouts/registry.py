@@ -85,6 +85,15 @@ def layout_of(name: str, module: nn.Module) -> Layout | None:
     return matching[0] if matching else None
 
 
+def routed_layout(model: nn.Module, name: str) -> Layout | None:
+    """The layout of the module at path `name`, if its surroundings too say that it is routed experts; else None."""
+    module = model.get_submodule(name)
+    layout = layout_of(name, module)
+    if layout is None or not layout.belongs(name, module, model.get_submodule(name.rpartition(".")[0])):
+        return None
+    return layout
+
+
 def describe_in(model: nn.Module, name: str) -> ExpertsSpec:
     """The `ExpertsSpec` of the experts module at path `name` of a live or meta model.
 

@@ -8,8 +8,7 @@ only the large parameters go. Shape suffixes: see `molae_compress.tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from molae_compress.errors import ModelError
 from molae_compress.layouts import FLAGS, Layout, bare_copy, layout_of
+from molae_compress.layouts.singly import CalledSingly, single_names, weight_shapes, without_numbers
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.cores import GroupedCore, layer_core
 from molae_compress.modeling.routed import make_route, routed_sum
@@ -180,32 +180,27 @@ class LatentExperts(nn.Module):
         )
 
 
-class LatentExpertList(LatentExperts):
+class LatentExpertList(CalledSingly, LatentExperts):
     """Latent experts in place of a list or dictionary, out of which the model takes single experts to call them itself."""
 
-    def __len__(self) -> int:
-        return self.num_experts
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape) -> None:
+        super().__init__(experts, layout, spec, shape)
+        self.names, self.has_keys = single_names(self._weights), isinstance(experts, nn.ModuleDict)
+        self._shapes = weight_shapes(experts, self._weights, self.names[0])
+        self.__dict__["_example"] = None
 
-    def __getitem__(self, key: int | str) -> Callable[..., Tensor]:
-        expert = self.keys().index(key) if isinstance(key, str) else range(self.num_experts)[key]
-        return partial(self._one, expert)
+    def example(self) -> nn.Module:
+        """What a single expert looks like, in the type and on the device that the latent tensors now have."""
+        like = next(tensor for tensor in self.parameters() if tensor.is_floating_point())
+        held: tuple[torch.dtype, torch.device, nn.Module] | None = self.__dict__["_example"]
+        if held is None or held[:2] != (like.dtype, like.device):
+            stock: nn.Module = self.__dict__["_stock"]
+            held = like.dtype, like.device, without_numbers(stock.get_submodule(self.names[0]), self._shapes, like)
+            self.__dict__["_example"] = held  # past nn.Module, as the original
+        return held[2]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.keys()) if isinstance(self.__dict__["_stock"], nn.ModuleDict) else self.values()
-
-    def keys(self) -> list[str]:
-        """Names of the experts, of a dictionary."""
-        return list(dict.fromkeys(name.partition(".")[0] for name in self._weights))
-
-    def values(self) -> Iterator[Callable[..., Tensor]]:
-        """The experts, callable."""
-        return (partial(self._one, expert) for expert in range(self.num_experts))
-
-    def items(self) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-        """Names and experts, of a dictionary."""
-        return zip(self.keys(), self.values(), strict=True)
-
-    def _one(self, expert: int, x: Tensor) -> Tensor:
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """What one expert makes of `x [...,H]`."""
         x_NH = x.reshape(-1, self.spec.hidden)
         index_N1 = torch.full((x_NH.shape[0], 1), expert, device=x.device)
         return self.routed(x_NH, index_N1, torch.ones_like(x_NH[:, :1])).to(x.dtype).reshape(x.shape)

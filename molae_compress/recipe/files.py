@@ -21,6 +21,12 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 _DOTLESS_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
 
 
+# Nothing below the key would mean the same as no such section, which is hardly meant; `null` says that it is.
+_MAY_BE_ABSENT = {
+    "calibration": "Name text there, or leave the section out for a data-free run.",
+    "evaluate": "Name text there, or leave the section out for no evaluation.",
+}
+
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**power
     for suffix, base in (("B", 1000), ("iB", 1024))
@@ -31,7 +37,12 @@ _UNITS = {"B": 1} | {
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
+            if key_node.value in _MAY_BE_ABSENT and value_node.value == "" and not value_node.style:
+                raise RecipeError(
+                    f"There is nothing below `{key_node.value}:` (line {key_node.start_mark.line + 1} of the recipe).",
+                    remedy=_MAY_BE_ABSENT[key_node.value],
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key '{key_node.value}' is there twice", problem_mark=key_node.start_mark

@@ -33,7 +33,8 @@ class LayerReport:
     Attributes:
         name: module path.
         shape: its `LatentShape` as plain values; None if it stayed dense.
-        err_h: mean over held-out tokens of |dy|^2 / |h|^2, h the residual stream after the layer; None if not measured.
+        err_h: mean over held-out tokens of |h' - h|^2 / |h|^2, h the residual stream after the layer and h' the same with
+            this one module compressed; None if not measured.
         relative_error: sum of |dy|^2 over sum of |y|^2, y the output of the experts; None if not measured.
         tokens_measured: tokens that the two errors were measured on.
         tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
@@ -136,13 +137,22 @@ class Report:
             )
         try:
             values = {field.name: content[field.name] for field in fields(cls)}
+            for name in ("recipe", "plan", "versions", "timings", "inputs", "files", "source", "artifact"):
+                if not isinstance(values[name], Mapping):
+                    raise TypeError(f"`{name}` is {json.dumps(values[name])}, not a mapping")
+            for name in ("layers", "warnings"):
+                if not isinstance(values[name], Sequence):
+                    raise TypeError(f"`{name}` is {json.dumps(values[name])}, not a list")
+            if not isinstance(values["artifact"].get("bytes"), int):
+                raise TypeError("`artifact` holds no number of `bytes`")
             values["layers"] = tuple(_layer(entry) for entry in content["layers"])
             values["warnings"] = tuple(content["warnings"])
             if (found := content["calibration"]) is not None:
                 values["calibration"] = CalibrationReport(**{**found, "sources": tuple(found["sources"])})
         except (KeyError, TypeError) as error:
+            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(
-                f"The report cannot be read: {error!r}.",
+                f"The report cannot be read: {problem}.",
                 why="It was edited, or only a part of it is there.",
                 remedy="Restore the file, or compress the model again.",
             ) from error
@@ -231,6 +241,11 @@ def warnings_for(
         found.append(
             f"The calibration text comes from one source, '{calibration.sources[0]}'. If that is text of one kind, "
             "text of other kinds loses more; a mixture costs little."
+        )
+    if calibration is not None and calibration.windows == 1:
+        found.append(
+            "err_h was not measured: there is one calibration window, and the weights were fitted on it. Give two or more "
+            "(a larger `calibration.samples`, and text for it)."
         )
     if calibration is not None and samples is not None and calibration.windows < samples:
         found.append(
