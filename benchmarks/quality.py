@@ -91,7 +91,7 @@ class Study:
         model = copy.deepcopy(self.original)
         report = molae.compress_(model, recipe, data=self.fitted_NL if recipe.calibration is not None else None)
         names = [layer.name for layer in report.layers if layer.shape is not None]
-        group = next((layer.shape["input_group"] for layer in report.layers if layer.shape is not None), None)
+        group = next((layer.shape.get("input_group") for layer in report.layers if layer.shape is not None), None)
         return {
             "input_group": group,
             **compare(self.original, model, self.held_out_NL, names, self.args.batch_size),

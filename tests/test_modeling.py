@@ -23,7 +23,7 @@ from molae_compress.layouts import dense_experts
 from molae_compress.modeling import LatentExperts, MolaeConfig, attach_, expand_, to_dense
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.quantizer import register
-from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape, shape_from_dict
 from tests.tiny import EXPERTS, FAMILIES, HIDDEN, TOP_K, tiny_ids, tiny_model
 
 transformers_logging.disable_progress_bar()
@@ -235,7 +235,7 @@ def test_round_trip_is_exact(family: str, shape: LatentShape, tmp_path: Path) ->
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     entries = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
     assert entries["quant_method"] == "molae"
-    assert {LatentShape.from_dict(e, name=n) for n, e in entries["modules"].items()} == {shape}
+    assert {shape_from_dict(e, name=n) for n, e in entries["modules"].items()} == {shape}
     spec = find_experts(tiny_model(family))[-1]
     stored = {k.removeprefix(f"{on_disk(family, spec.name)}.") for k in saved(tmp_path / "first") if ".experts." in k}
     assert {name for name in stored if "layers" not in name} == set(shape.tensors(spec))

@@ -96,7 +96,7 @@ def rows_of(spec: ExpertsSpec, shape: LatentShape) -> tuple[Tensor, ...]:
 
 def effective(spec: ExpertsSpec, shape: LatentShape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """[E,J,H] and [E,H,I]: the dense weights that the latent tensors stand for."""
-    packed, count = Packed(spec, shape, tensors), spec.num_experts
+    packed, count = Packed(shape.banks(spec)[0], tensors), spec.num_experts
     w_in_EJH = torch.zeros(count, spec.rows, spec.hidden, dtype=torch.float64)
     w_out_EHI = torch.zeros(count, spec.hidden, spec.intermediate, dtype=torch.float64)
     for e in range(count):
@@ -460,7 +460,7 @@ def test_an_unseen_expert_is_fitted_on_the_layers_tokens() -> None:
     shape, fit = grouped(5, None, 2, 1), Fit()
     tensors = solve_layer(dense, samples, shape, fit, torch.float64)
     w_in_EJH, w_out_EHI = effective(PLAIN, shape, tensors)
-    b_RH = Packed(PLAIN, shape, tensors).basis("encode", 1, 5)
+    b_RH = Packed(shape.banks(PLAIN)[0], tensors).basis("encode", 1, 5)
     layer_HH = reference.covariance(samples, range(E), fit.ridge_in)
     assert close(w_in_EJH[2], reference.refit_core(dense.w_in_EJH[2], b_RH, layer_HH) @ b_RH, 1e-8)
     p_T = samples.slot_weight_TK.sum(1) / samples.slot_weight_TK.sum()
@@ -666,7 +666,7 @@ def test_cores_make_up_for_the_rounding_of_bases(storage: str) -> None:
     found = solve_layer(dense, samples, shape, fit, torch.bfloat16)
     assert torch.equal(found["encode.weight"], rounded["encode.weight"])
     # each core is the best one for the basis as stored, rounded itself
-    packed, c_HH = Packed(PLAIN, shape, found), reference.covariance(samples, range(E), fit.ridge_in)
+    packed, c_HH = Packed(shape.banks(PLAIN)[0], found), reference.covariance(samples, range(E), fit.ridge_in)
     b_RH, d_RH = packed.basis("encode", 0, 10).double(), packed.basis("decode", 0, 10).double()
     for e in range(E):
         best_JR = reference.refit_core(dense.w_in_EJH[e], b_RH, c_HH)

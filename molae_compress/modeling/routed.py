@@ -28,6 +28,8 @@ class Route(NamedTuple):
         token_S: token of each slot.
         back_S: position in computed order of each slot `(token, k)`; None if the order is that one already.
         ends_E: int32, one past the last slot of each expert; None for `batched_mm`.
+        stranger_S1: slots of experts that are not among the E; they come last, except for `batched_mm`, and are not
+            computed there. None if there can be none.
     """
 
     backend: str
@@ -35,6 +37,11 @@ class Route(NamedTuple):
     token_S: Tensor
     back_S: Tensor | None
     ends_E: Tensor | None
+    stranger_S1: Tensor | None = None
+
+    def without_strangers(self, y_SN: Tensor) -> Tensor:
+        """Rows with zeros for strangers: kernels leave theirs as they find them, in both directions."""
+        return y_SN if self.stranger_S1 is None else y_SN.masked_fill(self.stranger_S1, 0.0)
 
     def restore(self, y_SN: Tensor, top_k: int) -> Tensor:
         """[T,K,N]: rows back in the order of tokens."""
@@ -42,7 +49,7 @@ class Route(NamedTuple):
         return y_SN.view(-1, top_k, y_SN.shape[-1])
 
 
-def make_route(index_TK: Tensor, num_experts: int, implementation: str | None) -> Route:
+def make_route(index_TK: Tensor, num_experts: int, implementation: str | None, *, strangers: bool = False) -> Route:
     """Orders the routed slots for the configured experts implementation of transformers.
 
     Args:
@@ -50,17 +57,27 @@ def make_route(index_TK: Tensor, num_experts: int, implementation: str | None) -
         num_experts: E.
         implementation: `config._experts_implementation`; one without a latent form of its own (a fused kernel for dense
             experts, say) falls back to `grouped_mm`.
+        strangers: some slots may belong to no expert here: their index is E.
     """
     backend = implementation if implementation in BACKENDS else "grouped_mm"
     expert_S = index_TK.reshape(-1)
     slots_S = torch.arange(expert_S.shape[0], device=expert_S.device)
     if backend == "batched_mm":
-        return Route(backend, expert_S, slots_S // index_TK.shape[1], None, None)
+        stranger_S1, expert_S = _marked(expert_S, num_experts, strangers)
+        return Route(backend, expert_S, slots_S // index_TK.shape[1], None, None, stranger_S1)
     sorted_S, order_S = torch.sort(expert_S, stable=True)
     experts_E = torch.arange(num_experts, device=expert_S.device, dtype=sorted_S.dtype)
     ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
     back_S = torch.empty_like(order_S).scatter(0, order_S, slots_S)
-    return Route(backend, sorted_S, order_S // index_TK.shape[1], back_S, ends_E)
+    stranger_S1, sorted_S = _marked(sorted_S, num_experts, strangers)
+    return Route(backend, sorted_S, order_S // index_TK.shape[1], back_S, ends_E, stranger_S1)
+
+
+def _marked(expert_S: Tensor, num_experts: int, strangers: bool) -> tuple[Tensor | None, Tensor]:
+    """Which slots are strangers', and indices that are safe to look up."""
+    if not strangers:
+        return None, expert_S
+    return (expert_S == num_experts)[:, None], expert_S.clamp(max=num_experts - 1)
 
 
 def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int, *, transposed: bool) -> Tensor:
@@ -73,6 +90,10 @@ def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group:
         experts_per_group: group of expert e is e // experts_per_group.
         transposed: orientation of `weight`.
     """
+    return route.without_strangers(_product(x_SN, weight, route, experts_per_group, transposed))
+
+
+def _product(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int, transposed: bool) -> Tensor:
     if route.ends_E is None:
         return _batched_linear(x_SN, weight[route.expert_S // experts_per_group], is_transposed=transposed)
     ends_G = route.ends_E[experts_per_group - 1 :: experts_per_group].contiguous()
@@ -90,7 +111,8 @@ def _looped_linear(x_SN: Tensor, weight_GNM: Tensor, ends_G: Tensor) -> Tensor:
     """The plain form of the product: one group after the other."""
     starts = [0, *ends_G.tolist()]
     slices = zip(starts[:-1], starts[1:], weight_GNM, strict=True)
-    return torch.cat([x_SN[start:end] @ weight_NM for start, end, weight_NM in slices])
+    rest_SM = x_SN.new_zeros(len(x_SN) - starts[-1], weight_GNM.shape[2])
+    return torch.cat([*(x_SN[start:end] @ weight_NM for start, end, weight_NM in slices), rest_SM])
 
 
 def routed_sum(y_SN: Tensor, weight_TK: Tensor, route: Route) -> Tensor:

@@ -155,6 +155,11 @@ class Budget(Section):
         default="spectrum",
         description="`spectrum`: layers and sides that lose more get higher ranks. `uniform`: all get the same share.",
     )
+    banks: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Experts of a layer that need more get higher ranks: this many sets of experts may differ in rank. "
+        "`auto`: 4 with calibration, 1 without. With `allocate: spectrum` only.",
+    )
     align: Literal["auto"] | Count = Field(
         default="auto",
         description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for serving.",

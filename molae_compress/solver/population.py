@@ -8,7 +8,7 @@ Shape suffixes: N rows of one sample, P pool tokens; the rest as in `molae_compr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -30,7 +30,7 @@ class Population(Protocol):
     def weight(self, expert: int) -> float:
         """Importance of the expert's output error in its layer's, per token."""
 
-    def covariance(self, experts: range, ridge: float) -> Tensor:
+    def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
         """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity."""
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
@@ -54,7 +54,7 @@ class Uninformed:
     def weight(self, expert: int) -> float:
         return 1.0 / self.num_experts
 
-    def covariance(self, experts: range, ridge: float) -> Tensor:
+    def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
         return Moments.identity(self.hidden, self.device).gram_DD
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
@@ -172,7 +172,7 @@ class Calibrated:
         """See `Population`; the summed weight of the expert's tokens."""
         return float(self._weights_E[expert])
 
-    def covariance(self, experts: range, ridge: float) -> Tensor:
+    def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
         if len(experts) == self.num_experts:
             return ridged(self.layer_moments.mean(), ridge)
         index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
