@@ -28,7 +28,7 @@ from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import ResidualStream, observed
-from molae_compress.tensors import DenseExperts, ExpertsSpec, AnyShape
+from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 Progress = Callable[[str, int, int], None]
 Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None], None]

@@ -33,6 +33,10 @@ class _Tensors(nn.Module):
     decode: nn.Module
     decode_bias: Tensor | None
 
+    def forward(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        """What `compute` makes of this bank: called, so that what brings offloaded tensors back knows when to."""
+        return compute(self, *args)
+
 
 class LatentExperts(_Tensors):
     """Latent experts, called as the experts module of transformers for which they stand.
@@ -101,12 +105,11 @@ class LatentExperts(_Tensors):
             # slots of experts of other banks point behind the last one
             place_TK = self._places(x_TH.device)[number][index_TK]
             own_TK = weight_TK.masked_fill(place_TK == bank.spec.num_experts, 0.0)
-            y_TH = y_TH + self._of_bank(self.get_submodule(f"bank_{number}"), bank, x_TH, place_TK, own_TK)
+            y_TH = y_TH + self.get_submodule(f"bank_{number}")(self._of_bank, bank, x_TH, place_TK, own_TK)
         return y_TH
 
-    def _of_bank(self, held: nn.Module, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def _of_bank(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T,H]: what the experts of one bank add."""
-        assert isinstance(held, _Tensors)
         if bank.shape.form == "layer":
             y_TH: Tensor = held.decode(held.core(held.encode(x_TH), index_TK, weight_TK))
         else:
@@ -185,7 +188,7 @@ class LatentExperts(_Tensors):
         if shape.input_group == bank.spec.num_experts:  # one basis: each token is encoded once for all its experts
             latent_SR = tuple(basis(x_TH)[route.token_S] for basis in bases)
         else:
-            x_SH = route.without_strangers(x_TH[route.token_S])
+            x_SH = x_TH[route.token_S]
             latent_SR = tuple(basis(x_SH, route) for basis in bases)
         u_SN = held.core(latent_SR, route)
         after = self.layout.after_expert(self)

@@ -40,7 +40,7 @@ class Route(NamedTuple):
     stranger_S1: Tensor | None = None
 
     def without_strangers(self, y_SN: Tensor) -> Tensor:
-        """Rows with zeros for strangers: kernels leave theirs as they find them, in both directions."""
+        """Rows with zeros for strangers, which kernels leave undefined in both directions."""
         return y_SN if self.stranger_S1 is None else y_SN.masked_fill(self.stranger_S1, 0.0)
 
     def restore(self, y_SN: Tensor, top_k: int) -> Tensor:
@@ -90,6 +90,7 @@ def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group:
         experts_per_group: group of expert e is e // experts_per_group.
         transposed: orientation of `weight`.
     """
+    x_SN = route.without_strangers(x_SN)  # for the backward pass, which leaves their gradients undefined
     return route.without_strangers(_product(x_SN, weight, route, experts_per_group, transposed))
 
 
