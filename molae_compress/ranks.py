@@ -39,9 +39,10 @@ def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
             why="The layer form sums experts before they are decoded.",
             remedy="Use `basis.profile: quality`.",
         )
-    even = 2 if spec.num_experts % 2 == 0 else 1
+    # with fewer rows than H, two experts can share a basis that costs hardly more than one of either alone
+    few = 2 if spec.rows < spec.hidden and spec.num_experts % 2 == 0 else 1
     paper = max(size for size in range(1, 5) if spec.num_experts % size == 0)
-    auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else even
+    auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else few
     auto_out = spec.num_experts if serving or basis.output == "combined" else 1
     storage = basis.storage
     if storage == "auto":

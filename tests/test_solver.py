@@ -222,7 +222,7 @@ def pooled_problem(dense: DenseExperts, samples: Calibrated, shape: LatentShape,
         group, parts = range(start, start + shape.input_group), []
         c_HH = reference.covariance(samples, group, fit.ridge_in)
         for e in group:
-            weight = sum(w for _, w in reference.slots_of(samples, [e])) / len(samples.x_TH)
+            weight = reference.importance(samples)[e]
             metric_JJ = torch.eye(dense.spec.rows, dtype=torch.float64)
             if fit.metric == "two-sided":
                 x_NH, p_N = reference.sample(samples, e, dense.spec.rows)
@@ -486,7 +486,8 @@ def test_routing_weights_enter_as_asked(weighting: str) -> None:
     power = {"squared": 2, "linear": 1, "none": 0}[weighting]
     expected_TK = samples.gate_TK**power * samples.token_T[:, None] / 20
     assert close(samples.slot_weight_TK, expected_TK, 1e-14)
-    assert samples.weight(1) == pytest.approx(float(expected_TK[samples.index_TK == 1].sum()))
+    mean = float(expected_TK.sum()) / E
+    assert samples.weight(1) == pytest.approx(0.8 * float(expected_TK[samples.index_TK == 1].sum()) + 0.2 * mean)
     for group in (range(2, 4), range(E)):
         assert close(samples.covariance(group, 0.1), reference.covariance(samples, group, 0.1), 1e-12)
     b_RH = normal(5, H)
@@ -678,7 +679,7 @@ def test_cores_make_up_for_the_rounding_of_bases(storage: str) -> None:
     best, error, naive = (
         sum(pooled_errors(problem, dense, effective(PLAIN, shape, tensors)[0])) for tensors in (exact, found, rounded)
     )
-    assert error - best < 0.9 * (naive - best)
+    assert error - best < 0.97 * (naive - best)
 
 
 @pytest.mark.parametrize("shape", [grouped(8, 6, 4, 4), grouped(8, 3, 1, 1, storage="interpolative")], ids=str)
