@@ -46,10 +46,8 @@ METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         ],
     ),
     "quality": ("ours, `quality` (the default)", [{}]),
-    "per-expert": (
-        "ours, nothing shared between experts",
-        [{"basis": {"experts_per_input_group": 1, "experts_per_output_group": 1}}],
-    ),
+    "one bank": ("ours, one rank per layer and side", [{"budget": {"banks": 1}}]),
+    "pairs": ("ours, input bases shared by two experts", [{"basis": {"experts_per_input_group": 2}}]),
     "serving": ("ours, `serving` (layer form)", [{"basis": {"profile": "serving"}}]),
     "data-free": ("ours, data-free", [{"calibration": None}]),
     "uniform": ("ours, uniform ranks", [{"budget": {"allocate": "uniform", "align": 1}}]),
