@@ -34,7 +34,6 @@ SHOWN = {
 }
 DRAWN = {
     "paper": "#6e6e6e",
-    "mobe-even": "#b07d2b",
     "slbf": "#8a5a9e",
     "channels": "#5b8c5a",
     "serving": "#3583bd",
