@@ -20,32 +20,41 @@ PICTURE = ROOT / "docs" / "assets" / "quality.svg"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- table written by benchmarks/plot.py -->\n", "<!-- end of table -->\n"
 SHOWN = {
-    "paper": "paper's procedure",
-    "quality": "this package, `quality` (default)",
-    "serving": "this package, `serving`",
+    "hc-smoe": "HC-SMoE, merging experts",
+    "reap": "REAP, pruning experts",
+    "paper": "MoLAE, the paper's procedure",
+    "d2-moe": "D2-MoE",
+    "svd-llm": "SVD-LLM v2, each matrix of its own",
+    "mobe-even": "MoBE, even split",
+    "pifa": "SVD-LLM v2, stored as PIFA",
+    "slbf": "SLBF",
+    "channels": "channel pruning, ridge leverage",
+    "serving": "**this package**, `serving`",
+    "quality": "**this package**, `quality` (default)",
 }
-COLOURS = {"paper": "#6e6e6e", "quality": "#1f4e9c", "serving": "#3583bd"}
+DRAWN = {
+    "paper": "#6e6e6e",
+    "slbf": "#8a5a9e",
+    "channels": "#5b8c5a",
+    "serving": "#3583bd",
+    "quality": "#1f4e9c",
+}
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The rows of the README as Markdown, at each budget the methods of `SHOWN` in their order."""
-    rows = [row for row in results["rows"] if row["method"] in SHOWN]
-    original = next(row["original_perplexity"] for row in rows if "original_perplexity" in row)
+    """The rows of the README as Markdown, in the order of `SHOWN`: KL at every budget, perplexity at the smallest."""
+    rows = {(row["method"], row["keep"]): row for row in results["rows"]}
+    keeps = sorted({keep for _, keep in rows}, reverse=True)
+    original = next(row["original_perplexity"] for row in rows.values() if "original_perplexity" in row)
     out = [
-        f"| budget | method | KL × 1000 | perplexity (original {original:.2f}) | same top token | parameters kept |",
-        "|--:|---|--:|--:|--:|--:|",
+        f"| KL × 1000 at | {' | '.join(f'{keep:.0%}' for keep in keeps)} | perplexity at {keeps[-1]:.0%} ({original:.2f}) |",
+        "|---|" + "--:|" * (len(keeps) + 1),
     ]
-    for row in sorted(rows, key=lambda row: (-row["keep"], list(SHOWN).index(row["method"]))):
-        if "impossible" in row:
-            cells = ["impossible", "", "", ""]
-        else:
-            cells = [
-                f"{1000 * row['kl']:.1f}",
-                f"{row['perplexity']:.2f}",
-                f"{row['top1_agreement']:.1%}",
-                f"{row['share']:.1%}",
-            ]
-        out.append(f"| {row['keep']:.0%} | {SHOWN[row['method']]} | {' | '.join(cells)} |")
+    for method, title in SHOWN.items():
+        found = [rows[method, keep] for keep in keeps]
+        cells = [f"{1000 * row['kl']:.1f}" if "kl" in row else "impossible" for row in found]
+        cells.append(f"{found[-1]['perplexity']:.2f}" if "kl" in found[-1] else "")
+        out.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
 
@@ -59,7 +68,7 @@ def fill_in(readme: str, written: str) -> str:
 
 def fingerprint(results: Mapping[str, Any]) -> str:
     """What the picture holds of its results, so that a test finds it out of date."""
-    shown = [[row["method"], row["share"], row["kl"]] for row in results["rows"] if row["method"] in SHOWN and "kl" in row]
+    shown = [[row["method"], row["share"], row["kl"]] for row in results["rows"] if row["method"] in DRAWN and "kl" in row]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
@@ -73,14 +82,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     # The salt fixes the ids inside the file.
     plt.rcParams |= {"svg.hashsalt": "molae", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    for method, title in SHOWN.items():
+    for method, colour in DRAWN.items():
         rows = [row for row in results["rows"] if row["method"] == method and "kl" in row]
         rows.sort(key=lambda row: row["share"])
         x, y = [100 * row["share"] for row in rows], [row["kl"] for row in rows]
-        axes.plot(x, y, "o-", color=COLOURS[method], linewidth=2, markersize=5)
-        axes.annotate(
-            title.replace("`", ""), (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", color=COLOURS[method]
-        )
+        axes.plot(x, y, "o-", color=colour, linewidth=2, markersize=5)
+        title = SHOWN[method].replace("`", "").replace("*", "").split(",")[-1 if method in ("serving", "quality") else 0]
+        axes.annotate(title, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", color=colour)
     axes.set_yscale("log")
     axes.set_yticks(ticks := [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

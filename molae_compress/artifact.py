@@ -30,7 +30,7 @@ from molae_compress.recipe import Recipe
 from molae_compress.report.report import FILE_NAME as REPORT
 from molae_compress.report.report import RECIPE
 from molae_compress.source import DiskSource
-from molae_compress.tensors import ExpertsSpec
+from molae_compress.tensors import ExpertsSpec, LatentShape
 
 
 def check_names(keys: KeyMap, specs: Sequence[ExpertsSpec], shapes: Shapes) -> None:
@@ -39,7 +39,7 @@ def check_names(keys: KeyMap, specs: Sequence[ExpertsSpec], shapes: Shapes) -> N
         shape = shapes.get(spec.name)
         for name in shape.tensors(spec) if shape is not None else ():
             if not keys.survives(f"{spec.name}.{name}"):
-                serving = shape is not None and shape.form == "layer"
+                serving = isinstance(shape, LatentShape) and shape.form == "layer"
                 raise ModelError(
                     f"transformers would not load the tensor '{spec.name}.{name}' under its name.",
                     why="Rules that convert checkpoints of this architecture would take it for another.",

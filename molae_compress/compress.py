@@ -16,18 +16,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from molae_compress.budget import Shapes, shapes_for, template
+from molae_compress.budget import Shapes, shapes_for
 from molae_compress.calibration.observed import ObservedExperts, RoutedTokens
 from molae_compress.calibration.one_by_one import ObservedList
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, latent_module
+from molae_compress.ranks import template
 from molae_compress.recipe import Recipe
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import HeldOut, ResidualStream, observed
-from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 Progress = Callable[[str, int, int], None]
 Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None, Effect | None], None]
@@ -214,7 +215,7 @@ class Run:
         }
         self.work.commit(SOLVE, spec.name, solved.tensors, info)
 
-    def _each_layer(self, stage: str, done: set[str], latent: Mapping[str, LatentShape], visit: Visit) -> None:
+    def _each_layer(self, stage: str, done: set[str], latent: Mapping[str, AnyShape], visit: Visit) -> None:
         """Visits every module not yet done with its weights, what it saw of the fitted tokens, and of the held-out ones.
 
         The tokens go on through the dense layer, or, in the solving pass of a sequential recipe, through the layer as
@@ -252,7 +253,7 @@ class Run:
         self,
         stream: ResidualStream,
         pending: Sequence[ExpertsSpec],
-        latent: Mapping[str, LatentShape],
+        latent: Mapping[str, AnyShape],
         visit: Visit,
         stage: str,
         *,
@@ -276,7 +277,7 @@ class Run:
             with self.source.layer(layer) as module:
                 stream.step(module, experts | self._compressed(here, latent), {})
 
-    def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, LatentShape]) -> dict[str, nn.Module]:
+    def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, AnyShape]) -> dict[str, nn.Module]:
         """Finished modules, callable while the layer is; what they keep of the original is the layer's own."""
         return {
             spec.name: latent_module(self.source, spec, latent[spec.name], self.solved(spec).tensors)

@@ -18,10 +18,11 @@ from molae_compress.solver.layer import LayerError, layer_error
 from molae_compress.solver.population import ROWS, Calibrated
 from molae_compress.source import Source
 from molae_compress.stream import HeldOut, stand_in
-from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 # Of noise, relative to an expert's output: small, but not lost where sixteen bits round the residual stream.
 _NOISE, _NOISE_IN_16_BIT = 0.01, 0.3
+_SHUFFLES = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Effect:
     layer: Mapping[str, DenseExperts]
     samples: Calibrated
 
-    def error(self, tensors: Mapping[str, Tensor], shape: LatentShape) -> LayerError:
+    def error(self, tensors: Mapping[str, Tensor], shape: AnyShape) -> LayerError:
         """Errors with the module in its latent form: `relative` of its own output, `err_h` of its layer's."""
         with self.source.layer(self.source.layers.of(self.spec.name)) as module:
             own = layer_error(self.layer[self.spec.name], dict(tensors), shape, self.samples)
@@ -53,13 +54,13 @@ class Effect:
     def gain(self) -> float:
         """Squared error in the residual stream for a squared error in the outputs of single experts.
 
-        Noise of a fixed seed and in proportion to each output is added there, before norms and routing weights; what the
-        layer makes of it is compared with what the solver's weights of slots make of it. That is 1, up to chance, where the
-        layer adds up its experts and nothing else.
+        Noise in proportion to each output is added there, before norms and routing weights; what the layer makes of it is
+        compared with what the solver's weights of slots make of it. That is 1, up to chance, where the layer adds up its
+        experts and nothing else.
         """
         dense = self.layer[self.spec.name]
         size = _NOISE if self.source.model.dtype.itemsize > 2 else _NOISE_IN_16_BIT
-        noisy = replace(dense, after=_noise(size, dense.after))
+        noisy = _Disturbed(**vars(dense), size=size)
         with self.source.layer(self.source.layers.of(self.spec.name)) as module:
             found = self._changed(module, stand_in(self.source, self.spec, noisy))
         expected = size**2 * _weighed_outputs(dense, self.samples)
@@ -75,7 +76,7 @@ class Effect:
         return [spec for spec in self.source.specs if spec.name in self.layer]
 
 
-def latent_module(source: Source, spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, Tensor]) -> LatentExperts:
+def latent_module(source: Source, spec: ExpertsSpec, shape: AnyShape, tensors: Mapping[str, Tensor]) -> LatentExperts:
     """A finished module, callable while its layer is; what it keeps of the original is the layer's own."""
     module = LatentExperts.from_stock(source.model.get_submodule(spec.name), spec, shape)
     module.load_latent_({name: tensor.to(source.device) for name, tensor in tensors.items()})
@@ -92,21 +93,28 @@ def _in_parts(routed: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[T
     return in_parts
 
 
-def _noise(size: float, after: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """`after` of outputs to which a random direction of `size` times their own length is added."""
-    generator: torch.Generator | None = None
+@dataclass
+class _Disturbed(DenseExperts):
+    """Experts to whose outputs a change of `size` times their own length is added, in another direction for each expert.
 
-    def noisy(y_NH: Tensor) -> Tensor:
-        nonlocal generator
-        if generator is None:
-            generator = torch.Generator(y_NH.device).manual_seed(0)
-        wide_NH = y_NH.float()
-        noise_NH = torch.randn(y_NH.shape, generator=generator, device=y_NH.device)
-        noise_NH *= size * wide_NH.norm(dim=1, keepdim=True) / noise_NH.norm(dim=1, keepdim=True)
-        y_NH = (wide_NH + noise_NH).to(y_NH.dtype)
-        return y_NH if after is None else after(y_NH)
+    The direction is a sum of the output's own coordinates, put into another order with other signs: it follows from the
+    output alone, so that it does not matter how tokens are put into batches.
+    """
 
-    return noisy
+    size: float = 0.0
+
+    def output(self, expert: int, z_NI: Tensor) -> Tensor:
+        """See `DenseExperts`."""
+        y_NH = super().output(expert, z_NI)
+        wide_NH, generator = y_NH.float(), torch.Generator().manual_seed(expert)
+        change_NH = torch.zeros_like(wide_NH)
+        for _ in range(_SHUFFLES):
+            order_H = torch.randperm(y_NH.shape[1], generator=generator).to(y_NH.device)
+            sign_H = 2.0 * torch.randint(0, 2, order_H.shape, generator=generator).to(wide_NH) - 1.0
+            change_NH += sign_H * wide_NH[:, order_H]
+        lengths_N1 = [part_NH.norm(dim=1, keepdim=True) for part_NH in (wide_NH, change_NH)]
+        change_NH *= self.size * lengths_N1[0] / lengths_N1[1].clamp_min(torch.finfo(torch.float32).tiny)
+        return (wide_NH + change_NH).to(y_NH.dtype)
 
 
 def _weighed_outputs(dense: DenseExperts, samples: Calibrated) -> float:
@@ -115,8 +123,6 @@ def _weighed_outputs(dense: DenseExperts, samples: Calibrated) -> float:
     for expert in range(dense.spec.num_experts):
         for tokens_N, weight_N in zip(*(array.split(ROWS) for array in samples.rows(expert)), strict=True):
             x_NH = samples.inputs(tokens_N)
-            y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(x_NH.dtype).T
-            if dense.bias_out_EH is not None:
-                y_NH = y_NH + dense.bias_out_EH[expert].to(x_NH.dtype)
+            y_NH = dense.output(expert, dense.intermediate(expert, x_NH))
             total += float(y_NH.double().square().sum(1) @ weight_N)
     return total

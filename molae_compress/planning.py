@@ -7,7 +7,7 @@ budget and says so, with the total that the measured ranks will keep to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from molae_compress.budget import Shapes
 from molae_compress.errors import human_bytes
 from molae_compress.solver.population import ROWS
-from molae_compress.tensors import ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
 
 LIBRARIES = 64_000_000  # bytes that torch and the allocator take for themselves in the course of a run, measured
 
@@ -34,7 +34,7 @@ class LayerPlan:
     """
 
     name: str
-    shape: LatentShape | None
+    shape: AnyShape | None
     dense_parameters: int
     parameters: int
     dense_bytes: int
@@ -97,8 +97,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals and warnings included."""
+        layers = [
+            {**asdict(layer), "shape": layer.shape.to_dict() if layer.shape is not None else None} for layer in self.layers
+        ]
         totals = {"dense_parameters": self.dense_parameters, "parameters": self.parameters}
-        return {**asdict(self), **totals, "warnings": list(self.warnings())}
+        return {**asdict(self), "layers": layers, **totals, "warnings": list(self.warnings())}
 
     def __str__(self) -> str:
         lines = [f"{'module':40} {'form':8} {'groups':>9} {'ranks':>11} {'parameters':>14} {'kept':>6} {'flops':>6}"]
@@ -106,8 +109,7 @@ class Plan:
             if layer.shape is None:
                 form, groups, ranks = "dense", "", ""
             else:
-                form, groups = layer.shape.form, f"{layer.shape.input_group}/{layer.shape.output_group}"
-                ranks = f"{layer.shape.rank_in}/{layer.shape.rank_out or 'dense'}"
+                form, groups, ranks = described(layer.shape)
             kept, flops = layer.parameters / layer.dense_parameters, layer.flops / layer.dense_flops
             lines.append(
                 f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
@@ -132,7 +134,20 @@ class Plan:
         return "\n".join(lines)
 
 
-def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
+def described(shape: AnyShape) -> tuple[str, str, str]:
+    """Form, groups and ranks of a module in words; where banks differ in rank, the lowest and the highest."""
+    shapes = shape.shapes if isinstance(shape, BankedShape) else (shape,)
+    ranks_in, ranks_out = {part.rank_in for part in shapes}, {part.rank_out or 0 for part in shapes}
+    both = (f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}" for ranks in (ranks_in, ranks_out))
+    first = shapes[0]
+    return (
+        first.form,
+        f"{first.input_group}/{first.output_group}",
+        "/".join(both if ranks_out != {0} else (next(both), "dense")),
+    )
+
+
+def layer_plan(spec: ExpertsSpec, shape: AnyShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
     """Adds up one module; `dense_bytes` are those of the checkpoint's tensors, `dtype` that of the latent ones."""
     K, H, I = spec.top_k, spec.hidden, spec.intermediate
     dense_macs, traffic = K * H * (spec.rows + I), 2 * K * H
@@ -151,8 +166,13 @@ def layer_plan(spec: ExpertsSpec, shape: LatentShape | None, *, dense_bytes: int
     )
 
 
-def _work(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
-    """Multiply-adds and numbers on the wire for one token, as the latent module computes it."""
+def _work(spec: ExpertsSpec, shape: AnyShape) -> tuple[int, int]:
+    """Multiply-adds and numbers on the wire for one token, as the latent module computes it; all experts alike busy."""
+    banks = [(len(bank.experts), *_work_of(replace(bank.spec, top_k=spec.top_k), bank.shape)) for bank in shape.banks(spec)]
+    return tuple(round(sum(part[0] * part[k] for part in banks) / spec.num_experts) for k in (1, 2))  # type: ignore[return-value]
+
+
+def _work_of(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
     K, H, I = spec.top_k, spec.hidden, spec.intermediate
     free = shape.rank_in if shape.storage == "interpolative" else 0
     whole_in, whole_out = shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
@@ -226,7 +246,10 @@ def make_plan(
     if not measured and most_bytes is not None:
         limit += max(0, most_bytes - sum(layer.bytes for layer in layers if layer.shape is not None))
     # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
-    working = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
+    fitting = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
+    # to measure its error the latent form is computed with in float32
+    measuring = experts + latent + 4 * max(layer.parameters for layer in layers) if tokens else 0
+    working = max(fitting, measuring)
     # the ends of both models at once
     compared = ends_bytes if evaluated else 0
     return Plan(

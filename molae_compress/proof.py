@@ -25,7 +25,7 @@ from molae_compress.layouts.singly import without_numbers
 from molae_compress.modeling.latent import LAYER_RANK, LatentExperts
 from molae_compress.source import Source
 from molae_compress.stream import stand_in
-from molae_compress.tensors import ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, ExpertsSpec
 
 _TOKENS = 64
 # What code of a model may end with.
@@ -62,7 +62,7 @@ def check_called_singly(source: Source, shapes: Shapes) -> None:
             _prove_in_layer(source, spec, shape)
 
 
-def _proves(source: Source, spec: ExpertsSpec, shape: LatentShape, call: Callable[[], Any]) -> bool:
+def _proves(source: Source, spec: ExpertsSpec, shape: AnyShape, call: Callable[[], Any]) -> bool:
     """Makes a call that runs a block, with its own experts and with latent ones; False if it fails with its own.
 
     Raises:
@@ -89,7 +89,7 @@ def _proves(source: Source, spec: ExpertsSpec, shape: LatentShape, call: Callabl
     return True
 
 
-def _prove_in_layer(source: Source, spec: ExpertsSpec, shape: LatentShape) -> None:
+def _prove_in_layer(source: Source, spec: ExpertsSpec, shape: AnyShape) -> None:
     """Carries a few tokens to the layer of a block and through it; raises `ModelError`."""
     embedding: Any = source.model.get_input_embeddings()
     ids_1L = torch.arange(_TOKENS)[None] % int(embedding.weight.shape[0])
@@ -130,14 +130,12 @@ def _zeros(source: Source, spec: ExpertsSpec) -> nn.Module:
     return without_numbers(experts, {name: experts.get_parameter(name).shape for name in names}, like, value=0.0)
 
 
-def _latent(source: Source, spec: ExpertsSpec, shape: LatentShape) -> LatentExperts:
+def _latent(source: Source, spec: ExpertsSpec, shape: AnyShape) -> LatentExperts:
     """Random latent experts of the form asked for, of low rank."""
     generator = torch.Generator().manual_seed(0)
-    low = replace(
-        shape,
-        rank_in=min(LAYER_RANK, shape.rank_in),
-        rank_out=None if shape.rank_out is None else min(LAYER_RANK, shape.rank_out),
-    )
+    first = shape.banks(spec)[0].shape
+    rank_out = None if first.rank_out is None else min(LAYER_RANK, first.rank_out)
+    low = replace(first, rank_in=min(LAYER_RANK, first.rank_in), rank_out=rank_out)
     tensors: dict[str, Tensor] = {}
     for name, size in low.tensors(spec).items():
         if name.endswith(".pivots"):

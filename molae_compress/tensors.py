@@ -10,8 +10,9 @@ the J rows stay in the model's own order (gate rows then up rows, or interleaved
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -101,9 +102,33 @@ class DenseExperts:
             h_NJ = h_NJ + self.bias_in_EJ[expert].to(x_NH.dtype)
         return self.activate(h_NJ)
 
+    def output(self, expert: int, z_NI: Tensor) -> Tensor:
+        """[N,H]: what expert `expert` makes of its intermediates, before `after`, in the dtype of `z_NI`."""
+        y_NH = z_NI @ self.w_out_EHI[expert].to(z_NI.dtype).T
+        return y_NH if self.bias_out_EH is None else y_NH + self.bias_out_EH[expert].to(z_NI.dtype)
+
+
+class _Stored(ABC):
+    """What follows from the names and shapes of the tensors alone."""
+
+    @abstractmethod
+    def tensors(self, spec: ExpertsSpec) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the latent module: name relative to it -> shape. `*.pivots` are int32, all others float."""
+
+    def numel(self, spec: ExpertsSpec) -> int:
+        """Numbers stored for the module, bases, column indices and biases included."""
+        return sum(torch.Size(shape).numel() for shape in self.tensors(spec).values())
+
+    def nbytes(self, spec: ExpertsSpec, dtype: torch.dtype) -> int:
+        """Bytes stored for the module when its floating-point tensors have type `dtype`."""
+        return sum(
+            torch.Size(shape).numel() * (PIVOT_DTYPE if name.endswith(".pivots") else dtype).itemsize
+            for name, shape in self.tensors(spec).items()
+        )
+
 
 @dataclass(frozen=True)
-class LatentShape:
+class LatentShape(_Stored):
     """How one experts module is stored once compressed: an entry of `quantization_config["modules"]`.
 
     Attributes:
@@ -130,17 +155,9 @@ class LatentShape:
         """Plain JSON values, as written into `config.json`."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any], *, name: str) -> LatentShape:
-        """Reads an entry of `config.json`; unknown or missing fields raise `ModelError`."""
-        try:
-            return cls(**entry)
-        except TypeError as error:
-            raise ModelError(
-                f"The quantization_config entry of '{name}' cannot be read ({error}).",
-                why="It was written by another version of molae_compress, or edited.",
-                remedy="Install the version named in the artifact's config.json, or compress the model again.",
-            ) from error
+    def banks(self, spec: ExpertsSpec) -> tuple[Bank, ...]:
+        """The one bank that holds all experts."""
+        return (Bank("", tuple(range(spec.num_experts)), spec, self),)
 
     def branches(self) -> tuple[tuple[str, str], ...]:
         """(basis, core) tensor stems of the input side: one pair, or one each for gate and up."""
@@ -190,13 +207,69 @@ class LatentShape:
             return {f"{stem}.weight": (G * R, H)}
         return {f"{stem}.weight": (G * R, H - R), f"{stem}.pivots": (G * R,)}
 
-    def numel(self, spec: ExpertsSpec) -> int:
-        """Numbers stored for the module, bases, indices and biases included."""
-        return sum(torch.Size(shape).numel() for shape in self.tensors(spec).values())
 
-    def nbytes(self, spec: ExpertsSpec, dtype: torch.dtype) -> int:
-        """Bytes stored for the module when its floating-point tensors have type `dtype`."""
-        return sum(
-            torch.Size(shape).numel() * (PIVOT_DTYPE if name.endswith(".pivots") else dtype).itemsize
-            for name, shape in self.tensors(spec).items()
+@dataclass(frozen=True)
+class Bank:
+    """Some experts of a module, stored in one shape.
+
+    Attributes:
+        prefix: of the names of their tensors; empty where one bank holds all experts.
+        experts: indices in the module, in the order in which they are stored: groups are neighbours in it.
+        spec: that of the module, with this many experts.
+        shape: how they are stored.
+    """
+
+    prefix: str
+    experts: tuple[int, ...]
+    spec: ExpertsSpec
+    shape: LatentShape
+
+
+@dataclass(frozen=True)
+class BankedShape(_Stored):
+    """How an experts module is stored whose experts are not all of one rank: in banks of one shape each.
+
+    Attributes:
+        members: experts of each bank, in the order in which they are stored; every expert is in one bank.
+        shapes: of the banks, in grouped form; groups divide the experts of their bank.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    shapes: tuple[LatentShape, ...]
+
+    def banks(self, spec: ExpertsSpec) -> tuple[Bank, ...]:
+        """The banks, with the description of the experts in each."""
+        return tuple(
+            Bank(f"bank_{number}.", experts, replace(spec, num_experts=len(experts)), shape)
+            for number, (experts, shape) in enumerate(zip(self.members, self.shapes, strict=True))
         )
+
+    def tensors(self, spec: ExpertsSpec) -> dict[str, tuple[int, ...]]:
+        """Those of all banks, by name relative to the module."""
+        banks = self.banks(spec)
+        return {f"{bank.prefix}{name}": size for bank in banks for name, size in bank.shape.tensors(bank.spec).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as written into `config.json`."""
+        pairs = zip(self.members, self.shapes, strict=True)
+        return {"banks": [{"experts": list(experts), **shape.to_dict()} for experts, shape in pairs]}
+
+
+AnyShape = LatentShape | BankedShape
+
+
+def shape_from_dict(entry: dict[str, Any], *, name: str) -> AnyShape:
+    """Reads an entry of `config.json`; unknown or missing fields raise `ModelError`."""
+    try:
+        if "banks" not in entry:
+            return LatentShape(**entry)
+        parts = [dict(part) for part in entry["banks"]]
+        members = tuple(tuple(int(expert) for expert in part.pop("experts")) for part in parts)
+        shapes = tuple(LatentShape(**part) for part in parts)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"The quantization_config entry of '{name}' cannot be read ({error}).",
+            why="It was written by another version of molae_compress, or edited.",
+            remedy="Install the version named in the artifact's config.json, or compress the model again.",
+        ) from error
+    return BankedShape(members, shapes)

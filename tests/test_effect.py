@@ -74,7 +74,7 @@ def test_a_norm_that_widens_is_seen() -> None:
 def test_a_layer_that_does_not_use_its_experts_gets_no_rank(number: int) -> None:
     model = tiny_model("qwen3_moe")
     model.model.layers[number].mlp.register_forward_hook(lambda _, __, out: out * 0.0)
-    recipe = {"molae": 1, "budget": {"keep": 0.5}, "calibration": CALIBRATION}
+    recipe = {"molae": 1, "budget": {"keep": 0.5, "banks": 1}, "calibration": CALIBRATION}
     report = compress_(model, recipe, data=tiny_ids(4, 64))
     kept, idle = report.layers[1 - number].shape, report.layers[number].shape
     assert kept is not None

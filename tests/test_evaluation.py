@@ -144,7 +144,7 @@ def test_models_that_are_shown_what_they_are_to_predict_are_refused(
         model.config.pad_token_id = model.config.bos_token_id = model.config.decoder_start_token_id = None
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    recipe = {"molae": 1, "model": str(folder), "budget": {"rank": 8}, "evaluate": {"data": [text]}}
+    recipe = {"molae": 1, "model": str(folder), "budget": {"rank": 4}, "evaluate": {"data": [text]}}
     for attempt in (
         lambda: molae.evaluate(folder, data=[text], **SIZES),
         lambda: molae.run(recipe, tmp_path / "out", device="cpu"),

@@ -153,10 +153,11 @@ def predicted_error(work: Path, report: Report) -> float:
     for layer in report.layers:
         assert layer.shape is not None
         energies_GM = load_file(work / "observe" / f"{layer.name}.safetensors")
-        total += sum(
-            float(energy[:, layer.shape["rank_in"] :].sum()) for key, energy in energies_GM.items() if key != "output"
-        )
-        total += float(energies_GM["output"][:, layer.shape["rank_out"] :].sum())
+        for bank in layer.shape.get("banks", [{"experts": range(EXPERTS), **layer.shape}]):
+            for key, energy_GM in energies_GM.items():
+                side = "output" if key == "output" else "input"
+                groups = sorted({expert // bank[f"{side}_group"] for expert in bank["experts"]})
+                total += float(energy_GM[groups, bank["rank_out" if key == "output" else "rank_in"] :].sum())
     return total
 
 
@@ -178,7 +179,7 @@ def test_a_layer_that_needs_less_gets_less(own_checkpoint: CheckpointMaker, appl
             low = torch.randn(tensor.shape[0], 4, generator=generator) @ torch.randn(4, tensor.shape[1], generator=generator)
             tensor.copy_(low * tensor.std() / low.std() + 0.02 * tensor)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    settings = ("budget.keep=0.5", "calibration.samples=48")
+    settings = ("budget.keep=0.5", "calibration.samples=48", "budget.banks=1")
     spectrum, uniform = (apply(source, f"budget.allocate={kind}", *settings)[0] for kind in ("spectrum", "uniform"))
     first, last = (layer.shape for layer in spectrum.layers)
     assert first is not None
@@ -186,6 +187,32 @@ def test_a_layer_that_needs_less_gets_less(own_checkpoint: CheckpointMaker, appl
     assert first["rank_in"] < last["rank_in"]
     assert first["rank_out"] < last["rank_out"]
     assert total_error(spectrum) < 0.8 * total_error(uniform)
+
+
+def test_experts_that_need_less_get_less(own_checkpoint: CheckpointMaker, apply: Apply) -> None:
+    source = own_checkpoint("mixtral")
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    poor = {1, 4, 6}
+    for key, tensor in tensors.items():  # some experts hold nothing but a subspace of 4 dimensions, and noise
+        if is_expert(key) and int(key.split(".experts.")[1].split(".")[0]) in poor:
+            low = torch.randn(tensor.shape[0], 4, generator=generator) @ torch.randn(4, tensor.shape[1], generator=generator)
+            tensor.copy_(low * tensor.std() / low.std() + 0.02 * tensor)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = ("budget.keep=0.5", "calibration.samples=48", "basis.experts_per_input_group=1")
+    banked, (plain, _) = apply(source, *settings), apply(source, *settings, "budget.banks=1")
+    report, folder = banked
+    assert total_error(report) < 0.8 * total_error(plain)
+    for layer in report.layers:
+        assert layer.shape is not None
+        banks = layer.shape["banks"]
+        assert 2 <= len(banks) <= 4
+        lowest = min(banks, key=lambda bank: bank["rank_in"])
+        assert poor >= set(lowest["experts"])
+        assert all(bank["rank_in"] > lowest["rank_in"] for bank in banks if not poor & set(bank["experts"]))
+    assert molae.verify(folder).passed
+    assert report.plan["parameters"] <= 0.5 * report.plan["dense_parameters"]
+    assert report.plan["parameters"] > 0.98 * plain.plan["parameters"]
 
 
 @pytest.mark.parametrize(

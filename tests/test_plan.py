@@ -43,7 +43,7 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_numbers_of_grouped_experts_by_hand(checkpoint: CheckpointMaker) -> None:
     source = checkpoint("mixtral", dtype=torch.bfloat16)
-    planned = molae.plan(recipe_for(source, "budget.rank=8"))
+    planned = molae.plan(recipe_for(source, "budget.rank=8", "basis.experts_per_input_group=2"))
     # input: 4 groups of 2 experts, bases of 8 rows of which 8 columns are the identity; output: a basis for each expert
     bases_in, bases_out = 4 * 8 * (HIDDEN - 8), 8 * 8 * (HIDDEN - 8)
     cores = EXPERTS * 8 * (2 * INTERMEDIATE + INTERMEDIATE)

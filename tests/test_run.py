@@ -160,7 +160,7 @@ def test_verify_passes(made: Callable[[str], Made], family: str) -> None:
 def test_saving_the_loaded_model_again_changes_nothing(made: Callable[[str], Made], family: str, tmp_path: Path) -> None:
     first = loaded(made(family).folder)
     first.save_pretrained(tmp_path)
-    assert distance(logits(loaded(tmp_path)), logits(first)) == 0
+    assert distance(logits(loaded(tmp_path)), logits(first)) <= 1e-6  # products round by the alignment of mapped files
     again, before = tensors_in(tmp_path), tensors_in(made(family).folder)
     assert {key: tensor.shape for key, tensor in again.items()} == {key: tensor.shape for key, tensor in before.items()}
     assert all(torch.equal(again[key], before[key]) for key in before)
@@ -218,9 +218,14 @@ def flip_a_weight(folder: Path) -> None:
     path.write_bytes(content)
 
 
+def first_bank(shape: dict[str, Any]) -> dict[str, Any]:
+    """Where the ranks of a module are written, or those of its first bank."""
+    return next(iter(shape.get("banks", [shape])))
+
+
 def change_a_rank(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    next(iter(config["quantization_config"]["modules"].values()))["rank_in"] += 1
+    first_bank(next(iter(config["quantization_config"]["modules"].values())))["rank_in"] += 1
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -245,7 +250,7 @@ def change_the_size_in_the_report(folder: Path) -> None:
 
 def change_a_rank_in_the_report(folder: Path) -> None:
     content = json.loads((folder / "molae_report.json").read_text())
-    content["layers"][1]["shape"]["rank_out"] += 1
+    first_bank(content["layers"][1]["shape"])["rank_out"] += 1
     edit_json(folder / "molae_report.json", layers=content["layers"])
 
 

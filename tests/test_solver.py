@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor
 from molae_compress.solver import layer as solver_layer
 from molae_compress.solver import population as solver_population
 from molae_compress.solver import reference
-from molae_compress.solver.allocate import Curve, allocate, tail_errors
+from molae_compress.solver.allocate import Curve, allocate, partition, tail_errors
 from molae_compress.solver.basis import Stack, interpolated, interpolative, orthonormal_rows
 from molae_compress.solver.layer import Fit, layer_error, measure_spectra, solve_layer
 from molae_compress.solver.moments import Moments, cholesky, ridged
 from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import Calibrated, Population, Uninformed
 from molae_compress.solver.refit import refit_core, refit_down, right_inverse
-from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, BankedShape, DenseExperts, ExpertsSpec, LatentShape
 
 E, H, I, K = 4, 16, 6, 2
 seeds = st.integers(0, 2**32 - 1)
@@ -94,23 +94,24 @@ def rows_of(spec: ExpertsSpec, shape: LatentShape) -> tuple[Tensor, ...]:
     return spec.gate_rows() if shape.gate_up == "separate" else (torch.arange(spec.rows),)
 
 
-def effective(spec: ExpertsSpec, shape: LatentShape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def effective(spec: ExpertsSpec, shape: AnyShape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """[E,J,H] and [E,H,I]: the dense weights that the latent tensors stand for."""
-    packed, count = Packed(spec, shape, tensors), spec.num_experts
-    w_in_EJH = torch.zeros(count, spec.rows, spec.hidden, dtype=torch.float64)
-    w_out_EHI = torch.zeros(count, spec.hidden, spec.intermediate, dtype=torch.float64)
-    for e in range(count):
-        for (basis, core), rows_X in zip(shape.branches(), rows_of(spec, shape), strict=True):
-            b_RH = packed.basis(basis, e // shape.input_group, shape.rank_in).double()
+    w_in_EJH = torch.zeros(spec.num_experts, spec.rows, spec.hidden, dtype=torch.float64)
+    w_out_EHI = torch.zeros(spec.num_experts, spec.hidden, spec.intermediate, dtype=torch.float64)
+    for e, packed in Packed.all_of(spec, shape, tensors).items():
+        bank, place = packed.shape, packed.experts.index(e)
+        for (basis, core), rows_X in zip(bank.branches(), rows_of(spec, bank), strict=True):
+            b_RH = packed.basis(basis, place // bank.input_group, bank.rank_in).double()
             w_in_EJH[e, rows_X] = packed.core(core, e).double() @ b_RH
-        w_out_EHI[e] = packed.core("down", e).double()[: spec.hidden] if shape.rank_out is None else 0.0
-        if shape.rank_out is not None:
-            d_RH = packed.basis("decode", e // shape.output_group, shape.rank_out).double()
+        if bank.rank_out is None:
+            w_out_EHI[e] = packed.core("down", e).double()[: spec.hidden]
+        else:
+            d_RH = packed.basis("decode", place // bank.output_group, bank.rank_out).double()
             w_out_EHI[e] = d_RH.T @ packed.core("down", e).double()
     return w_in_EJH, w_out_EHI
 
 
-def solved(dense: DenseExperts, population: Population, shape: LatentShape, fit: Fit | None = None) -> tuple[Tensor, Tensor]:
+def solved(dense: DenseExperts, population: Population, shape: AnyShape, fit: Fit | None = None) -> tuple[Tensor, Tensor]:
     """Effective weights of the solution in float64."""
     tensors = solve_layer(dense, population, shape, fit or Fit(), torch.float64)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shape.tensors(dense.spec)
@@ -221,7 +222,7 @@ def pooled_problem(dense: DenseExperts, samples: Calibrated, shape: LatentShape,
         group, parts = range(start, start + shape.input_group), []
         c_HH = reference.covariance(samples, group, fit.ridge_in)
         for e in group:
-            weight = sum(w for _, w in reference.slots_of(samples, [e])) / len(samples.x_TH)
+            weight = reference.importance(samples)[e]
             metric_JJ = torch.eye(dense.spec.rows, dtype=torch.float64)
             if fit.metric == "two-sided":
                 x_NH, p_N = reference.sample(samples, e, dense.spec.rows)
@@ -460,7 +461,7 @@ def test_an_unseen_expert_is_fitted_on_the_layers_tokens() -> None:
     shape, fit = grouped(5, None, 2, 1), Fit()
     tensors = solve_layer(dense, samples, shape, fit, torch.float64)
     w_in_EJH, w_out_EHI = effective(PLAIN, shape, tensors)
-    b_RH = Packed(PLAIN, shape, tensors).basis("encode", 1, 5)
+    b_RH = Packed(shape.banks(PLAIN)[0], tensors).basis("encode", 1, 5)
     layer_HH = reference.covariance(samples, range(E), fit.ridge_in)
     assert close(w_in_EJH[2], reference.refit_core(dense.w_in_EJH[2], b_RH, layer_HH) @ b_RH, 1e-8)
     p_T = samples.slot_weight_TK.sum(1) / samples.slot_weight_TK.sum()
@@ -485,7 +486,8 @@ def test_routing_weights_enter_as_asked(weighting: str) -> None:
     power = {"squared": 2, "linear": 1, "none": 0}[weighting]
     expected_TK = samples.gate_TK**power * samples.token_T[:, None] / 20
     assert close(samples.slot_weight_TK, expected_TK, 1e-14)
-    assert samples.weight(1) == pytest.approx(float(expected_TK[samples.index_TK == 1].sum()))
+    mean = float(expected_TK.sum()) / E
+    assert samples.weight(1) == pytest.approx(0.8 * float(expected_TK[samples.index_TK == 1].sum()) + 0.2 * mean)
     for group in (range(2, 4), range(E)):
         assert close(samples.covariance(group, 0.1), reference.covariance(samples, group, 0.1), 1e-12)
     b_RH = normal(5, H)
@@ -666,7 +668,7 @@ def test_cores_make_up_for_the_rounding_of_bases(storage: str) -> None:
     found = solve_layer(dense, samples, shape, fit, torch.bfloat16)
     assert torch.equal(found["encode.weight"], rounded["encode.weight"])
     # each core is the best one for the basis as stored, rounded itself
-    packed, c_HH = Packed(PLAIN, shape, found), reference.covariance(samples, range(E), fit.ridge_in)
+    packed, c_HH = Packed(shape.banks(PLAIN)[0], found), reference.covariance(samples, range(E), fit.ridge_in)
     b_RH, d_RH = packed.basis("encode", 0, 10).double(), packed.basis("decode", 0, 10).double()
     for e in range(E):
         best_JR = reference.refit_core(dense.w_in_EJH[e], b_RH, c_HH)
@@ -677,7 +679,7 @@ def test_cores_make_up_for_the_rounding_of_bases(storage: str) -> None:
     best, error, naive = (
         sum(pooled_errors(problem, dense, effective(PLAIN, shape, tensors)[0])) for tensors in (exact, found, rounded)
     )
-    assert error - best < 0.9 * (naive - best)
+    assert error - best < 0.97 * (naive - best)
 
 
 @pytest.mark.parametrize("shape", [grouped(8, 6, 4, 4), grouped(8, 3, 1, 1, storage="interpolative")], ids=str)
@@ -694,6 +696,45 @@ def test_float32_is_as_good_as_float64(shape: LatentShape) -> None:
 
 
 # Allocation
+
+
+def banked(**options: str) -> BankedShape:
+    return BankedShape(((3, 0), (2, 1)), (grouped(5, 4, 2, 1, storage="interpolative"), grouped(7, 6, 1, 2, **options)))
+
+
+@pytest.mark.parametrize("spec", [PLAIN, OSS], ids=["plain", "oss"])
+def test_a_bank_is_solved_as_the_same_experts_are_in_a_layer(spec: ExpertsSpec) -> None:
+    """In groups of one, nothing but its ranks depends on the bank an expert is in."""
+    dense, samples = layer(spec), tokens()
+    shape = BankedShape(((3, 0), (2, 1)), (grouped(5, 4, 1, 1), grouped(7, 6, 1, 1)))
+    found = solved(dense, samples, shape)
+    for bank in shape.banks(spec):
+        alone = solved(dense, samples, bank.shape)
+        for expert in bank.experts:
+            assert all(close(ours[expert], theirs[expert]) for ours, theirs in zip(found, alone, strict=True))
+
+
+def test_groups_are_neighbours_in_the_order_of_their_bank() -> None:
+    dense, samples = layer(), tokens()
+    w_in_EJH, w_out_EHI = solved(dense, samples, banked())
+    assert torch.linalg.matrix_rank(w_in_EJH[[3, 0]].flatten(0, 1), rtol=1e-9) == 5
+    assert torch.linalg.matrix_rank(w_in_EJH[[2, 1]].flatten(0, 1), rtol=1e-9) > 7
+    assert torch.linalg.matrix_rank(torch.cat([w_out_EHI[2], w_out_EHI[1]], dim=1), rtol=1e-9) == 6
+    assert torch.linalg.matrix_rank(torch.cat([w_out_EHI[3], w_out_EHI[0]], dim=1), rtol=1e-9) > 4
+
+
+@pytest.mark.parametrize("output", ["expert", "combined"])
+def test_layer_error_adds_up_all_banks(output: str) -> None:
+    dense, samples, measured = layer(OSS), tokens(), tokens(12, seed=9)
+    shape = banked(gate_up="separate")
+    tensors = solve_layer(dense, samples, shape, Fit(output=output), torch.float64)  # type: ignore[arg-type]
+    exact_TH, found_TH = (
+        reference.routed_sum(dense, measured, *weights, range(E))
+        for weights in ((dense.w_in_EJH, dense.w_out_EHI), effective(OSS, shape, tensors))
+    )
+    expected = float((exact_TH - found_TH).square().sum(1).mean())
+    assert layer_error(dense, tensors, shape, measured).err_h == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(tensors["bank_1.core.bias"], dense.bias_in_EJ[[2, 1]])  # type: ignore[index]
 
 
 @st.composite
@@ -769,3 +810,17 @@ def test_tail_errors_are_sums_of_discarded_energies(seed: int) -> None:
     energy_GM = normal(3, 6, seed=seed).square()
     found = tail_errors(energy_GM, range(1, 9))
     assert found == pytest.approx([float(energy_GM[:, rank:].sum()) for rank in range(1, 9)], abs=1e-12)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=7), st.integers(1, 4))
+def test_partition_is_the_best_of_all_partitions(values: list[int], count: int) -> None:
+    def spread(sets: list[list[int]]) -> float:
+        means = [sum(values[i] for i in part) / len(part) for part in sets]
+        return sum((values[i] - mean) ** 2 for part, mean in zip(sets, means, strict=True) for i in part)
+
+    sets = partition(values, count)
+    assert sorted(i for part in sets for i in part) == list(range(len(values)))
+    assert 1 <= len(sets) <= count
+    labels = product(range(count), repeat=len(values))
+    ways = ([[i for i, own in enumerate(each) if own == k] for k in set(each)] for each in labels)
+    assert spread(sets) == pytest.approx(min(spread(way) for way in ways), abs=1e-9)

@@ -57,7 +57,7 @@ ODD = (
 SOME_WITHOUT_EXPERT = ("LongcatFlashForCausalLM", "SwitchTransformersForConditionalGeneration")
 CALIBRATION = {"samples": 6, "sequence_length": 16, "batch_size": 2}
 FULL = {"molae": 1, "budget": {"rank": "full"}}
-HALF = {"molae": 1, "budget": {"rank": 8}}
+HALF = {"molae": 1, "budget": {"rank": 8}, "basis": {"experts_per_input_group": 2}}
 
 
 @pytest.fixture(params=[name for name in MODELS if name not in NO_BASIS])

@@ -63,9 +63,7 @@ class ObservedExperts(nn.Module):
             if expert >= dense.spec.num_experts:
                 continue
             tokens_N, slots_N = (index_TK == expert).nonzero(as_tuple=True)
-            out_NH = dense.intermediate(expert, x_TH[tokens_N]) @ dense.w_out_EHI[expert].to(x_TH.dtype).T
-            if dense.bias_out_EH is not None:
-                out_NH = out_NH + dense.bias_out_EH[expert].to(x_TH.dtype)
+            out_NH = dense.output(expert, dense.intermediate(expert, x_TH[tokens_N]))
             out_NH = out_NH if dense.after is None else dense.after(out_NH)
             y_TH.index_add_(0, tokens_N, (out_NH * weight_TK[tokens_N, slots_N, None]).to(x_TH.dtype))
         return call.leave(y_TH)

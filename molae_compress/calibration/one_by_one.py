@@ -72,9 +72,7 @@ class ObservedList(CalledSingly, nn.Module):
             if self._sum_EH is None:
                 raise self._refusal("they are called from outside the module that they lie in")
             self._sum_EH[expert] += x_NH.double().sum(0)
-        y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(x.dtype).T
-        if dense.bias_out_EH is not None:
-            y_NH = y_NH + dense.bias_out_EH[expert].to(x.dtype)
+        y_NH = dense.output(expert, dense.intermediate(expert, x_NH))
         y_NH = y_NH if dense.after is None else dense.after(y_NH)
         return y_NH.reshape(x.shape)
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from molae_compress.errors import ModelError
 from molae_compress.modeling.bases import basis_matrix
 from molae_compress.modeling.latent import LatentExperts
-from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec, LatentShape
 
 Dense = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def dense_weights(spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, Tensor]) -> Dense:
+def dense_weights(spec: ExpertsSpec, shape: AnyShape, tensors: Mapping[str, Tensor]) -> Dense:
     """The dense weights that latent tensors stand for, in canonical orientation.
 
     Args:
@@ -31,6 +31,25 @@ def dense_weights(spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, T
         `w_in [E,J,H]`, `w_out [E,H,I]` and the biases `[E,J]`, `[E,H]` (None without), computed in fp32, in the type of
         the tensors and on their device.
     """
+    if isinstance(shape, LatentShape):
+        return _dense_of(spec, shape, tensors)
+    found: list[Tensor | None] = [None] * 4
+    for bank in shape.banks(spec):
+        own = {name.removeprefix(bank.prefix): value for name, value in tensors.items() if name.startswith(bank.prefix)}
+        for part, value in enumerate(_dense_of(bank.spec, bank.shape, own)):
+            if value is None:
+                continue
+            whole = value.new_empty(spec.num_experts, *value.shape[1:]) if found[part] is None else found[part]
+            assert whole is not None
+            whole[list(bank.experts)] = value
+            found[part] = whole
+    w_in_EJH, w_out_EHI, bias_in_EJ, bias_out_EH = found
+    assert w_in_EJH is not None
+    assert w_out_EHI is not None
+    return w_in_EJH, w_out_EHI, bias_in_EJ, bias_out_EH
+
+
+def _dense_of(spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, Tensor]) -> Dense:
     if shape.form == "layer":
         return _from_layer_form(spec, tensors)
     E, H, I = spec.num_experts, spec.hidden, spec.intermediate

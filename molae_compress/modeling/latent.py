@@ -8,7 +8,7 @@ only the large parameters go. Shape suffixes: see `molae_compress.tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -20,15 +20,29 @@ from molae_compress.layouts.singly import CalledSingly, single_names, weight_sha
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.cores import GroupedCore, layer_core
 from molae_compress.modeling.routed import make_route, routed_sum
-from molae_compress.tensors import ExpertsSpec, Form, GateUp, LatentShape, Storage
+from molae_compress.tensors import AnyShape, Bank, ExpertsSpec, Form, GateUp, LatentShape, Storage
 
 LAYER_RANK = 8  # stock experts classes compute with kernels that take no other widths in 16 bit
 
 
-class LatentExperts(nn.Module):
+class _Tensors(nn.Module):
+    """What one bank stores: bases, cores, and the output biases."""
+
+    encode: nn.Module
+    core: nn.Module
+    decode: nn.Module
+    decode_bias: Tensor | None
+
+    def forward(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        """What `compute` makes of this bank: called, so that what brings offloaded tensors back knows when to."""
+        return compute(self, *args)
+
+
+class LatentExperts(_Tensors):
     """Latent experts, called as the experts module of transformers for which they stand.
 
-    Make one with `from_stock`; its own tensors are named as in `LatentShape.tensors`. What else the original holds (a
+    Make one with `from_stock`; its own tensors are named as in `LatentShape.tensors`, those of several banks lie in one
+    submodule each. What else the original holds (a
     router, a norm, a bias after the routed sum) lies beside them under its own name.
 
     Attributes:
@@ -38,12 +52,7 @@ class LatentExperts(nn.Module):
         num_experts: E.
     """
 
-    encode: nn.Module
-    core: nn.Module
-    decode: nn.Module
-    decode_bias: Tensor | None
-
-    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: LatentShape) -> None:
+    def __init__(self, experts: nn.Module, layout: Layout, spec: ExpertsSpec, shape: AnyShape) -> None:
         super().__init__()
         self.spec, self.shape, self.layout, self.num_experts = spec, shape, layout, spec.num_experts
         self._weights = weights = layout.weight_names(experts)
@@ -54,21 +63,19 @@ class LatentExperts(nn.Module):
             if key not in vars(self) and key not in FLAGS:
                 self.__dict__[key] = value  # models and layouts read such attributes
         _keep(experts, weights, self)
-        if shape.form == "layer":
-            for name, sizes in (("encode", (spec.hidden, shape.rank_in)), ("decode", (shape.rank_in, spec.hidden))):
-                self.add_module(name, nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype))
-            self.core = layer_core(experts, layout, spec, shape, like)
-        else:
-            for name, _ in shape.branches():
-                self.add_module(name, self._basis(like, shape.input_group, shape.rank_in, decode=False))
-            self.core = GroupedCore(experts, layout, spec, shape, like)
-            if shape.rank_out is not None:
-                self.decode = self._basis(like, shape.output_group, shape.rank_out, decode=True)
-        bias = nn.Parameter(like.new_empty(spec.num_experts, spec.hidden)) if spec.has_bias else None
-        self.register_parameter("decode_bias", bias)
+        self._banks = shape.banks(spec)
+        self._place_lists = [
+            [bank.experts.index(e) if e in bank.experts else len(bank.experts) for e in range(spec.num_experts)]
+            for bank in self._banks
+        ]
+        for bank in self._banks:
+            holder = _Tensors() if bank.prefix else self
+            if bank.prefix:
+                self.add_module(bank.prefix.removesuffix("."), holder)
+            _add_tensors_(holder, experts, layout, bank, like)
 
     @classmethod
-    def from_stock(cls, experts: nn.Module, spec: ExpertsSpec, shape: LatentShape) -> LatentExperts:
+    def from_stock(cls, experts: nn.Module, spec: ExpertsSpec, shape: AnyShape) -> LatentExperts:
         """A module with empty parameters, on the stock module's device (meta included) and of its type.
 
         Args:
@@ -91,16 +98,40 @@ class LatentExperts(nn.Module):
 
     def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T,H] from inputs [T,H], the experts of each token [T,K] and their routing weights [T,K]."""
-        if self.shape.form == "layer":
-            y_TH: Tensor = self.decode(self.core(self.encode(x_TH), index_TK, weight_TK))
-        else:
-            y_TH = self._grouped(x_TH, index_TK, weight_TK)
-        if self.decode_bias is not None:
-            # One row of routing weights per token: cheaper than gathering a bias for every slot.
-            routing_TE = weight_TK.new_zeros(index_TK.shape[0], self.num_experts)
-            routing_TE = routing_TE.scatter_add(1, index_TK, weight_TK)
-            y_TH = y_TH + routing_TE.to(y_TH.dtype) @ self.decode_bias
+        if len(self._banks) == 1:
+            return self._of_bank(self, self._banks[0], x_TH, index_TK, weight_TK)
+        y_TH = torch.zeros_like(x_TH)
+        for number, bank in enumerate(self._banks):
+            # slots of experts of other banks point behind the last one
+            place_TK = self._places(x_TH.device)[number][index_TK]
+            own_TK = weight_TK.masked_fill(place_TK == bank.spec.num_experts, 0.0)
+            y_TH = y_TH + self.get_submodule(f"bank_{number}")(self._of_bank, bank, x_TH, place_TK, own_TK)
         return y_TH
+
+    def _of_bank(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """[T,H]: what the experts of one bank add."""
+        if bank.shape.form == "layer":
+            y_TH: Tensor = held.decode(held.core(held.encode(x_TH), index_TK, weight_TK))
+        else:
+            y_TH = self._grouped(held, bank, x_TH, index_TK, weight_TK)
+        if held.decode_bias is not None:
+            # One row of routing weights per token: cheaper than gathering a bias for every slot.
+            routing_TE = weight_TK.new_zeros(index_TK.shape[0], bank.spec.num_experts + 1)
+            routing_TE = routing_TE.scatter_add(1, index_TK, weight_TK)[:, :-1]
+            y_TH = y_TH + routing_TE.to(y_TH.dtype) @ held.decode_bias
+        return y_TH
+
+    def _places(self, device: torch.device) -> Tensor:
+        """[banks,E] int64: where each expert lies in each bank, one past the end where it does not.
+
+        Not a buffer, which loading and offloading would have to fill.
+        """
+        kept: Tensor | None = self.__dict__.get("_kept_places")
+        if kept is None or kept.device != device:
+            kept = torch.tensor(self._place_lists, device=device)
+            if not torch.compiler.is_compiling():
+                self.__dict__["_kept_places"] = kept
+        return kept
 
     def load_latent_(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes copies of the tensors of `LatentShape.tensors`, of the module's type and on its device.
@@ -126,7 +157,8 @@ class LatentExperts(nn.Module):
         for module in self.modules():
             if isinstance(module, Basis):
                 module.prepare()
-        if self.shape.form == "layer" and self.spec.has_bias and self.layout.own_core:
+        self._places(next(self.parameters()).device)
+        if self._banks[0].shape.form == "layer" and self.spec.has_bias and self.layout.own_core:
             zeros_ER = self.core.get_buffer("down_proj_bias")
             if zeros_ER.is_meta:
                 zeros_ER = zeros_ER.new_empty(zeros_ER.shape, device=self.core.get_parameter("down_proj").device)
@@ -146,38 +178,48 @@ class LatentExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
-        rank_out = "dense" if self.shape.rank_out is None else self.shape.rank_out
-        return f"experts={self.num_experts}, form={self.shape.form}, rank_in={self.shape.rank_in}, rank_out={rank_out}"
+        banks = [f"{bank.spec.num_experts} x {bank.shape.rank_in}/{bank.shape.rank_out or 'dense'}" for bank in self._banks]
+        return f"experts={self.num_experts}, form={self._banks[0].shape.form}, ranks={', '.join(banks)}"
 
-    def _grouped(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        config = self.__dict__.get("config")
-        route = make_route(index_TK, self.num_experts, getattr(config, "_experts_implementation", None))
-        bases = [getattr(self, basis) for basis, _ in self.shape.branches()]
-        if self.shape.input_group == self.num_experts:  # one basis: each token is encoded once for all its experts
+    def _grouped(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        shape, implementation = bank.shape, getattr(self.__dict__.get("config"), "_experts_implementation", None)
+        route = make_route(index_TK, bank.spec.num_experts, implementation, strangers=bool(bank.prefix))
+        bases = [getattr(held, basis) for basis, _ in shape.branches()]
+        if shape.input_group == bank.spec.num_experts:  # one basis: each token is encoded once for all its experts
             latent_SR = tuple(basis(x_TH)[route.token_S] for basis in bases)
         else:
             x_SH = x_TH[route.token_S]
             latent_SR = tuple(basis(x_SH, route) for basis in bases)
-        u_SN = self.core(latent_SR, route)
+        u_SN = held.core(latent_SR, route)
         after = self.layout.after_expert(self)
-        one_output_basis = self.shape.rank_out is not None and self.shape.output_group == self.num_experts
+        one_output_basis = shape.rank_out is not None and shape.output_group == bank.spec.num_experts
         if one_output_basis and after is None:  # the routed sum is decoded once for each token
-            y_TH: Tensor = self.decode(routed_sum(u_SN, weight_TK, route))
+            y_TH: Tensor = held.decode(routed_sum(u_SN, weight_TK, route))
             return y_TH
-        y_SH = u_SN if self.shape.rank_out is None else self.decode(u_SN, route)
+        y_SH = u_SN if shape.rank_out is None else held.decode(u_SN, route)
         return routed_sum(y_SH if after is None else after(y_SH), weight_TK, route)
 
-    def _basis(self, like: Tensor, size: int, rank: int, *, decode: bool) -> Basis:
-        return Basis(
-            self.spec.num_experts // size,
-            size,
-            rank,
-            self.spec.hidden,
-            self.shape.storage,
-            decode=decode,
-            device=like.device,
-            dtype=like.dtype,
-        )
+
+def _add_tensors_(holder: nn.Module, experts: nn.Module, layout: Layout, bank: Bank, like: Tensor) -> None:
+    """Gives `holder` the empty parameters and buffers of a bank."""
+    spec, shape = bank.spec, bank.shape
+
+    def basis(size: int, rank: int, *, decode: bool) -> Basis:
+        groups, H = spec.num_experts // size, spec.hidden
+        return Basis(groups, size, rank, H, shape.storage, decode=decode, device=like.device, dtype=like.dtype)
+
+    if shape.form == "layer":
+        for name, sizes in (("encode", (spec.hidden, shape.rank_in)), ("decode", (shape.rank_in, spec.hidden))):
+            holder.add_module(name, nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype))
+        holder.core = layer_core(experts, layout, spec, shape, like)
+    else:
+        for name, _ in shape.branches():
+            holder.add_module(name, basis(shape.input_group, shape.rank_in, decode=False))
+        holder.core = GroupedCore(experts, layout, spec, shape, like)
+        if shape.rank_out is not None:
+            holder.decode = basis(shape.output_group, shape.rank_out, decode=True)
+    bias = nn.Parameter(like.new_empty(spec.num_experts, spec.hidden)) if spec.has_bias else None
+    holder.register_parameter("decode_bias", bias)
 
 
 class LatentExpertList(CalledSingly, LatentExperts):
@@ -220,8 +262,21 @@ def _keep(module: nn.Module, left_out: tuple[str, ...], holder: nn.Module) -> No
             holder.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
 
 
-def check_shape(spec: ExpertsSpec, shape: LatentShape) -> None:
+def check_shape(spec: ExpertsSpec, shape: AnyShape) -> None:
     """Raises `ModelError` unless the latent shape fits the experts module it stands for."""
+    if isinstance(shape, LatentShape):
+        problems = _problems(spec, shape)
+    else:
+        problems = [problem for bank in shape.banks(spec) for problem in _problems(bank.spec, bank.shape)]
+        if sorted(expert for experts in shape.members for expert in experts) != list(range(spec.num_experts)):
+            problems.append(f"its banks do not hold each of the {spec.num_experts} experts once")
+        if any(part.form == "layer" for part in shape.shapes):
+            problems.append("the layer form has no banks")
+    if problems:
+        raise ModelError(f"The latent shape of '{spec.name}' is impossible: {'; '.join(problems)}.")
+
+
+def _problems(spec: ExpertsSpec, shape: LatentShape) -> list[str]:
     ranks = {"rank_in": shape.rank_in} | ({} if shape.rank_out is None else {"rank_out": shape.rank_out})
     groups = {"input_group": shape.input_group, "output_group": shape.output_group}
     problems = [
@@ -253,11 +308,10 @@ def check_shape(spec: ExpertsSpec, shape: LatentShape) -> None:
         problems.append("the layer form has one orthonormal joint basis a side, of equal ranks")
     elif shape.form == "layer" and shape.rank_in % LAYER_RANK and shape.rank_in != spec.hidden:
         problems.append(f"the fused kernels of the layer form: {shape.rank_in} is not a multiple of {LAYER_RANK}")
-    if problems:
-        raise ModelError(f"The latent shape of '{spec.name}' is impossible: {'; '.join(problems)}.")
+    return problems
 
 
-def check_tensors(spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(spec: ExpertsSpec, shape: AnyShape, tensors: Mapping[str, Tensor]) -> None:
     """Raises `ModelError` unless `tensors` are those of `shape.tensors(spec)`, with valid pivots."""
     wanted = shape.tensors(spec)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -265,16 +319,15 @@ def check_tensors(spec: ExpertsSpec, shape: LatentShape, tensors: Mapping[str, T
     if wrong:
         listed = "; ".join(f"{name} is {found.get(name)}, expected {wanted.get(name)}" for name in wrong)
         raise ModelError(f"The latent tensors of '{spec.name}' do not fit its shape: {listed}.")
-    for name, pivots in tensors.items():
-        if not name.endswith(".pivots"):
-            continue
-        rank = shape.rank_out if name.startswith("decode") else shape.rank_in
-        assert rank is not None
-        pivots_GR = pivots.view(-1, rank)
-        ascending = bool((pivots_GR.diff(dim=1) > 0).all())
-        if not ascending or int(pivots_GR.min()) < 0 or int(pivots_GR.max()) >= spec.hidden:
-            raise ModelError(
-                f"The column indices '{spec.name}.{name}' do not ascend between 0 and {spec.hidden - 1}.",
-                why="The tensors are damaged.",
-                remedy="Compress the model again.",
-            )
+    for bank in shape.banks(spec):
+        for stem, rank in (("encode", bank.shape.rank_in), ("decode", bank.shape.rank_out)):
+            for name in (name for name in tensors if name.startswith(bank.prefix) and name.endswith(f"{stem}.pivots")):
+                assert rank is not None
+                pivots_GR = tensors[name].view(-1, rank)
+                ascending = bool((pivots_GR.diff(dim=1) > 0).all())
+                if not ascending or int(pivots_GR.min()) < 0 or int(pivots_GR.max()) >= spec.hidden:
+                    raise ModelError(
+                        f"The column indices '{spec.name}.{name}' do not ascend between 0 and {spec.hidden - 1}.",
+                        why="The tensors are damaged.",
+                        remedy="Compress the model again.",
+                    )

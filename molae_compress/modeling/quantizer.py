@@ -27,7 +27,7 @@ from molae_compress.errors import ModelError
 from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of
 from molae_compress.modeling.expand import expand_
 from molae_compress.modeling.latent import LatentExperts, check_shape, check_tensors
-from molae_compress.tensors import LatentShape
+from molae_compress.tensors import AnyShape, shape_from_dict
 
 METHOD = "molae"
 FORMAT = 1
@@ -66,9 +66,9 @@ class MolaeConfig(QuantizationConfigMixin):
                 remedy="Install that version, or compress the model again.",
             )
 
-    def shapes(self) -> dict[str, LatentShape]:
+    def shapes(self) -> dict[str, AnyShape]:
         """Experts module path -> latent shape. Raises `ModelError` on an entry that cannot be read."""
-        return {name: LatentShape.from_dict(entry, name=name) for name, entry in self.modules.items()}
+        return {name: shape_from_dict(entry, name=name) for name, entry in self.modules.items()}
 
 
 class MolaeQuantizer(HfQuantizer):
@@ -149,7 +149,7 @@ def swap_(model: PreTrainedModel, config: MolaeConfig) -> list[str]:
     return list(wanted)
 
 
-def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[LatentShape, Mapping[str, Tensor]]]) -> PreTrainedModel:
+def attach_(model: PreTrainedModel, modules: Mapping[str, tuple[AnyShape, Mapping[str, Tensor]]]) -> PreTrainedModel:
     """Replaces experts of a live model by latent ones, in place; `save_pretrained` then writes a compressed model.
 
     Call it once for all modules or several times for some each. Everything is checked before the model is touched.

@@ -22,12 +22,18 @@ ALIGNMENT = 16  # bytes; grouped GEMM kernels refuse rows of other lengths
 class Route(NamedTuple):
     """The expert of every slot, in the order in which slots are computed.
 
+    Some slots may be strangers': of experts that are not among the E. Where the number of rows may depend on data they
+    are left out. In a compiled graph, and where counting them would make the device wait, they come last and are
+    not computed (with `batched_mm` they are, in vain).
+
     Attributes:
         backend: one of `BACKENDS`.
-        expert_S: expert of each slot; ascending, except for `batched_mm`.
-        token_S: token of each slot.
-        back_S: position in computed order of each slot `(token, k)`; None if the order is that one already.
-        ends_E: int32, one past the last slot of each expert; None for `batched_mm`.
+        expert_S: expert of each row; ascending, except for `batched_mm`.
+        token_S: token of each row.
+        back_S: row of each slot `(token, k)`; None if rows are in the order of slots, or some slots have none.
+        ends_E: int32, one past the last row of each expert; None for `batched_mm`.
+        stranger_S1: rows of strangers; None if there are none.
+        slot_S: slot of each row, and the number of slots, where strangers have no row.
     """
 
     backend: str
@@ -35,14 +41,24 @@ class Route(NamedTuple):
     token_S: Tensor
     back_S: Tensor | None
     ends_E: Tensor | None
+    stranger_S1: Tensor | None = None
+    slot_S: tuple[Tensor, int] | None = None
+
+    def without_strangers(self, y_SN: Tensor) -> Tensor:
+        """Rows with zeros for strangers, which kernels leave undefined in both directions."""
+        return y_SN if self.stranger_S1 is None else y_SN.masked_fill(self.stranger_S1, 0.0)
 
     def restore(self, y_SN: Tensor, top_k: int) -> Tensor:
-        """[T,K,N]: rows back in the order of tokens."""
-        y_SN = y_SN if self.back_S is None else y_SN[self.back_S]
+        """[T,K,N]: rows back in the order of tokens, with zeros where a slot has none."""
+        if self.slot_S is not None:
+            slot_S, slots = self.slot_S
+            y_SN = y_SN.new_zeros(slots, y_SN.shape[1]).index_copy(0, slot_S, y_SN)
+        elif self.back_S is not None:
+            y_SN = y_SN[self.back_S]
         return y_SN.view(-1, top_k, y_SN.shape[-1])
 
 
-def make_route(index_TK: Tensor, num_experts: int, implementation: str | None) -> Route:
+def make_route(index_TK: Tensor, num_experts: int, implementation: str | None, *, strangers: bool = False) -> Route:
     """Orders the routed slots for the configured experts implementation of transformers.
 
     Args:
@@ -50,17 +66,34 @@ def make_route(index_TK: Tensor, num_experts: int, implementation: str | None) -
         num_experts: E.
         implementation: `config._experts_implementation`; one without a latent form of its own (a fused kernel for dense
             experts, say) falls back to `grouped_mm`.
+        strangers: some slots may be of none of the E experts: their index is E.
     """
     backend = implementation if implementation in BACKENDS else "grouped_mm"
-    expert_S = index_TK.reshape(-1)
-    slots_S = torch.arange(expert_S.shape[0], device=expert_S.device)
+    top_k, expert_S = index_TK.shape[1], index_TK.reshape(-1)
+    slot_S = torch.arange(expert_S.shape[0], device=expert_S.device)
+    left_out = None
+    if strangers and (backend == "eager" or expert_S.device.type == "cpu") and not torch.compiler.is_compiling():
+        slot_S = (expert_S < num_experts).nonzero()[:, 0]
+        expert_S, left_out, strangers = expert_S[slot_S], (slot_S, index_TK.numel()), False
     if backend == "batched_mm":
-        return Route(backend, expert_S, slots_S // index_TK.shape[1], None, None)
+        stranger_S1, expert_S = _marked(expert_S, num_experts, strangers)
+        return Route(backend, expert_S, slot_S // top_k, None, None, stranger_S1, left_out)
     sorted_S, order_S = torch.sort(expert_S, stable=True)
     experts_E = torch.arange(num_experts, device=expert_S.device, dtype=sorted_S.dtype)
     ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
-    back_S = torch.empty_like(order_S).scatter(0, order_S, slots_S)
-    return Route(backend, sorted_S, order_S // index_TK.shape[1], back_S, ends_E)
+    if left_out is not None:
+        slot_S = slot_S[order_S]
+        return Route(backend, sorted_S, slot_S // top_k, None, ends_E, None, (slot_S, index_TK.numel()))
+    back_S = torch.empty_like(order_S).scatter(0, order_S, slot_S)
+    stranger_S1, sorted_S = _marked(sorted_S, num_experts, strangers)
+    return Route(backend, sorted_S, order_S // top_k, back_S, ends_E, stranger_S1)
+
+
+def _marked(expert_S: Tensor, num_experts: int, strangers: bool) -> tuple[Tensor | None, Tensor]:
+    """Which rows are strangers', and indices that are safe to look up."""
+    if not strangers:
+        return None, expert_S
+    return (expert_S == num_experts)[:, None], expert_S.clamp(max=num_experts - 1)
 
 
 def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int, *, transposed: bool) -> Tensor:
@@ -73,6 +106,11 @@ def routed_linear(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group:
         experts_per_group: group of expert e is e // experts_per_group.
         transposed: orientation of `weight`.
     """
+    x_SN = route.without_strangers(x_SN)  # for the backward pass, which leaves their gradients undefined
+    return route.without_strangers(_product(x_SN, weight, route, experts_per_group, transposed))
+
+
+def _product(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int, transposed: bool) -> Tensor:
     if route.ends_E is None:
         return _batched_linear(x_SN, weight[route.expert_S // experts_per_group], is_transposed=transposed)
     ends_G = route.ends_E[experts_per_group - 1 :: experts_per_group].contiguous()

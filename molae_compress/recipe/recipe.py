@@ -127,6 +127,14 @@ class Recipe(Section):
             _check_pattern(pattern)
         if self.calibration is not None and self.method == "paper":
             raise exclusive("method: paper", "calibration", "The published procedure is data-free.")
+        if self.budget.banks not in ("auto", 1):
+            if self.basis.profile == "serving":
+                why = "The layer form has one rank for all experts of a layer."
+                raise exclusive("basis.profile: serving", f"budget.banks: {self.budget.banks}", why)
+            for side in ("input", "output"):
+                if getattr(self.basis, f"experts_per_{side}_group") == "all":
+                    why = "Experts that share a basis are of one rank."
+                    raise exclusive(f"basis.experts_per_{side}_group: all", f"budget.banks: {self.budget.banks}", why)
         if self.calibration is None and self.refit.sequential:
             raise RecipeError(
                 "`refit.sequential: true` needs calibration text, and the recipe has no `calibration`.",

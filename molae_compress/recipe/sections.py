@@ -86,7 +86,7 @@ class Basis(Section):
     )
     experts_per_input_group: Literal["auto", "all"] | Count = Field(
         default="auto",
-        description="Experts that share an input basis. `auto`: 2 for quality (1 if the number of experts is odd), "
+        description="Experts that share an input basis. `auto`: for quality 1, or 2 if each reads more than it has rows; "
         "`all` for serving; for `method: paper` 4, or the largest divisor of the number of experts below 4.",
     )
     experts_per_output_group: Literal["auto", "all"] | Count = Field(
@@ -155,6 +155,11 @@ class Budget(Section):
         default="spectrum",
         description="`spectrum`: layers and sides that lose more get higher ranks. `uniform`: all get the same share.",
     )
+    banks: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Experts of a layer that need more get higher ranks: this many sets of experts may differ in rank. "
+        "`auto`: 4 with calibration and `allocate: spectrum`, else 1. Experts that share a basis stay together.",
+    )
     align: Literal["auto"] | Count = Field(
         default="auto",
         description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for serving.",
@@ -173,6 +178,14 @@ class Budget(Section):
                 remedy="Keep one of them.",
             )
         return data if given else {**data, "keep": 0.6}
+
+    @model_validator(mode="after")
+    def _banks_need_spectra(self) -> Self:
+        if self.banks not in ("auto", 1):
+            for key, value in (("allocate", "uniform"), ("rank", self.rank)):
+                if value is not None and getattr(self, key) == value:
+                    raise exclusive(f"budget.banks: {self.banks}", f"budget.{key}: {value}", "Then all ranks are the same.")
+        return self
 
 
 class Refit(Section):

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from molae_compress.errors import human_bytes
+from molae_compress.planning import described
 from molae_compress.recipe.files import write_yaml
 from molae_compress.report.report import LayerReport, Report
+from molae_compress.tensors import shape_from_dict
 
 # What a derived model takes over from the card of the model it was made from.
 _KEPT_KEYS = ("license", "license_name", "license_link", "language")
@@ -208,12 +210,10 @@ def _layer_row(layer: LayerReport, planned: Mapping[str, Any]) -> Iterator[str]:
 
 
 def shape_columns(shape: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Form, experts per group and ranks of a module, each pair as input/output side."""
+    """Form, experts per group and ranks of a module, the latter two as input/output side."""
     if shape is None:
         return "dense", "", ""
-    groups = f"{shape['input_group']}/{shape['output_group']}"
-    ranks = f"{shape['rank_in']}/{'dense' if shape['rank_out'] is None else shape['rank_out']}"
-    return shape["form"], groups, ranks
+    return described(shape_from_dict(dict(shape), name=""))
 
 
 def _with_share(plan: Mapping[str, Any], key: str, form: str) -> str:

@@ -40,9 +40,10 @@ def allocate(curves: Sequence[Curve], budget: int) -> list[int] | None:
 
     Never worse than taking the same index in every curve.
     """
-    if sum(curve.costs[0] for curve in curves) > budget:
+    level = water_level(curves, budget)
+    if level is None:
         return None
-    chosen = _fill(curves, _water_level(curves, budget), budget)
+    chosen = _fill(curves, level, budget)
     uniform = _same_index(curves, budget)
     return _fill(curves, uniform, budget) if _total_error(curves, uniform) < _total_error(curves, chosen) else chosen
 
@@ -64,8 +65,10 @@ def _same_index(curves: Sequence[Curve], budget: int) -> list[int]:
     return [0] * len(curves)
 
 
-def _water_level(curves: Sequence[Curve], budget: int) -> list[int]:
-    """Steps along the hulls in the order of their gain, as far as the budget goes."""
+def water_level(curves: Sequence[Curve], budget: int) -> list[int] | None:
+    """Steps along the hulls in the order of their gain, as far as the budget goes; None if the cheapest exceed it."""
+    if sum(curve.costs[0] for curve in curves) > budget:
+        return None
     chosen = [0] * len(curves)
     left = budget - _total_cost(curves, chosen)
     hulls = [_hull(curve) for curve in curves]
@@ -109,3 +112,33 @@ def _fill(curves: Sequence[Curve], chosen: Sequence[int], budget: int) -> list[i
             return filled
         left -= curves[i].costs[k] - curves[i].costs[filled[i]]
         filled[i] = k
+
+
+def partition(values: Sequence[float], count: int) -> list[list[int]]:
+    """Indices of `values` in at most `count` sets of similar ones: least sum of squared distances to the means of sets.
+
+    Exact, by dynamic programming over the sorted values.
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    sums, squares = [0.0], [0.0]
+    for index in order:
+        sums.append(sums[-1] + values[index])
+        squares.append(squares[-1] + values[index] ** 2)
+
+    def spread(start: int, end: int) -> float:
+        return squares[end] - squares[start] - (sums[end] - sums[start]) ** 2 / (end - start)
+
+    ends = range(len(order) + 1)
+    best = [0.0] + [float("inf")] * len(order)
+    cuts: list[list[int]] = []
+    for _ in range(min(count, len(order))):
+        found = [min(((best[start] + spread(start, end), start) for start in range(end)), default=(0.0, 0)) for end in ends]
+        best, starts = [error for error, _ in found], [start for _, start in found]
+        cuts.append(starts)
+    sets, end = [], len(order)
+    for starts in reversed(cuts):
+        if end == 0:
+            break
+        sets.append(order[starts[end] : end])
+        end = starts[end]
+    return sets[::-1]

@@ -9,7 +9,7 @@ Shape suffixes: N rows of one sample, X rows of one input branch; the rest as in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from molae_compress.solver.moments import cholesky, cross, ridged
 from molae_compress.solver.packing import Packed, branch_rows
 from molae_compress.solver.population import Calibrated, Population
 from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
-from molae_compress.tensors import DenseExperts, LatentShape
+from molae_compress.tensors import AnyShape, DenseExperts, LatentShape
 
 _BLOCK = 1024  # rows of a matrix of moments that are added to at a time
 
@@ -88,12 +88,16 @@ def measure_spectra(dense: DenseExperts, population: Population, shape: LatentSh
     Returns:
         energies [G, min(rows of a group, H)], float64, on the device of the weights.
     """
-    inputs = [_input_spectra(dense, population, group, shape, fit)[0] for group in _groups(dense, shape.input_group)]
+    E = dense.spec.num_experts
+    inputs = [
+        _input_spectra(dense, population, range(start, start + shape.input_group), shape, fit)[0]
+        for start in range(0, E, shape.input_group)
+    ]
     input_GM = tuple(torch.stack([spectrum.energy_M for spectrum in each]) for each in zip(*inputs, strict=True))
     outputs = []
-    for group in _groups(dense, shape.output_group):
-        stack = Stack(len(group) * dense.spec.intermediate, dense.spec.hidden, None)
-        for expert in group:
+    for start in range(0, E, shape.output_group):
+        stack = Stack(shape.output_group * dense.spec.intermediate, dense.spec.hidden, None)
+        for expert in range(start, start + shape.output_group):
             w_HI, gram_II = _second(dense, population, expert, fit)
             stack.add(w_HI.T, gram_II * population.weight(expert))
         outputs.append(stack.spectrum().energy_M)
@@ -102,34 +106,32 @@ def measure_spectra(dense: DenseExperts, population: Population, shape: LatentSh
 
 @torch.no_grad()
 def solve_layer(
-    dense: DenseExperts, population: Population, shape: LatentShape, fit: Fit, dtype: torch.dtype
+    dense: DenseExperts, population: Population, shape: AnyShape, fit: Fit, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Fits one experts module in the given shape: phase 1 (bases) and phase 2 (cores) of both sides.
 
     Args:
         dense: weights of any float dtype, on the device of `population`.
         population: what is known of the experts' inputs.
-        shape: form, ranks and groups; group sizes divide the experts, ranks are at most H.
+        shape: form, ranks and groups, of one bank or several; group sizes divide the experts of a bank, ranks are at most H.
         fit: options of the fit.
         dtype: of the result; cores are fitted to bases already rounded to it.
 
     Returns:
         tensors named and shaped as `shape.tensors(dense.spec)`, floats in `dtype`, on the device of the weights.
     """
-    packed = Packed.empty(dense.spec, shape, dtype, dense.w_in_EJH.device)
     layer_HH = population.covariance(range(dense.spec.num_experts), fit.ridge_in).to(_work(dense))
-    for group in _groups(dense, shape.input_group):
-        _fit_input(dense, population, packed, group, layer_HH, fit)
-    for group in _groups(dense, shape.output_group):
-        _fit_output(dense, population, packed, group, fit)
-    if dense.bias_in_EJ is not None and dense.bias_out_EH is not None:
-        packed.set_biases(dense.bias_in_EJ, dense.bias_out_EH)
-    return packed.tensors
-
-
-def _groups(dense: DenseExperts, size: int) -> Iterator[range]:
-    assert dense.spec.num_experts % size == 0
-    return (range(start, start + size) for start in range(0, dense.spec.num_experts, size))
+    tensors: dict[str, Tensor] = {}
+    for bank in shape.banks(dense.spec):
+        packed = Packed.empty(bank, dtype, dense.w_in_EJH.device)
+        for number, group in packed.groups(bank.shape.input_group):
+            _fit_input(dense, population, packed, number, group, layer_HH, fit)
+        for number, group in packed.groups(bank.shape.output_group):
+            _fit_output(dense, population, packed, number, group, fit)
+        if dense.bias_in_EJ is not None and dense.bias_out_EH is not None:
+            packed.set_biases(dense.bias_in_EJ, dense.bias_out_EH)
+        tensors |= {f"{bank.prefix}{name}": tensor for name, tensor in packed.tensors.items()}
+    return tensors
 
 
 def _work(dense: DenseExperts) -> torch.dtype:
@@ -175,7 +177,7 @@ def _slopes(dense: DenseExperts, expert: int, x_NH: Tensor) -> Tensor:
 
 
 def _input_spectra(
-    dense: DenseExperts, population: Population, group: range, shape: LatentShape, fit: Fit, rank: int | None = None
+    dense: DenseExperts, population: Population, group: Sequence[int], shape: LatentShape, fit: Fit, rank: int | None = None
 ) -> tuple[list[Spectrum], Tensor]:
     """For each branch of one input group the spectrum, with basis columns [H,R] if a rank is given; its covariance."""
     spec = dense.spec
@@ -208,7 +210,13 @@ def _input_spectra(
 
 
 def _fit_input(
-    dense: DenseExperts, population: Population, packed: Packed, group: range, layer_HH: Tensor, fit: Fit
+    dense: DenseExperts,
+    population: Population,
+    packed: Packed,
+    number: int,
+    group: Sequence[int],
+    layer_HH: Tensor,
+    fit: Fit,
 ) -> None:
     """Bases of one input group, then the cores of its experts; `layer_HH` is the layer's covariance."""
     shape, work = packed.shape, _work(dense)
@@ -216,7 +224,7 @@ def _fit_input(
     branches = zip(shape.branches(), branch_rows(dense.spec, shape, layer_HH.device), spectra, strict=True)
     for (stem, core), rows, spectrum in branches:
         assert spectrum.vectors_HR is not None
-        b_RH = packed.set_basis(stem, group.start // shape.input_group, spectrum.vectors_HR.T).to(work)
+        b_RH = packed.set_basis(stem, number, spectrum.vectors_HR.T).to(work)
         inverse_HR = right_inverse(b_RH)
         prior_HR = (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T
         for expert in group:
@@ -252,7 +260,9 @@ def _second(
     return w_HI, ridged(gram_II, fit.ridge_out)
 
 
-def _fit_output(dense: DenseExperts, population: Population, packed: Packed, group: range, fit: Fit) -> None:
+def _fit_output(
+    dense: DenseExperts, population: Population, packed: Packed, number: int, group: Sequence[int], fit: Fit
+) -> None:
     """Second projections refitted to the compressed intermediates, then one output group's basis and cores."""
     spec, rank = dense.spec, packed.shape.rank_out
     if rank is None:
@@ -271,7 +281,7 @@ def _fit_output(dense: DenseExperts, population: Population, packed: Packed, gro
             stack.add(second[expert].T, gram_II * population.weight(expert))
     vectors_HR = stack.spectrum().vectors_HR
     assert vectors_HR is not None
-    b_RH = packed.set_basis("decode", group.start // packed.shape.output_group, vectors_HR.T).to(_work(dense))
+    b_RH = packed.set_basis("decode", number, vectors_HR.T).to(_work(dense))
     inverse_HR = right_inverse(b_RH)
     for expert in group:
         packed.core("down", expert).copy_(inverse_HR.T @ second[expert])
@@ -292,7 +302,7 @@ def _routed_sum(dense: DenseExperts, population: Calibrated, packed: Packed, sec
 
 
 @torch.no_grad()
-def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentShape, samples: Calibrated) -> LayerError:
+def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: AnyShape, samples: Calibrated) -> LayerError:
     """Difference of the routed outputs, dense against latent, on `samples`; biases and `dense.after` included.
 
     Args:
@@ -301,18 +311,16 @@ def layer_error(dense: DenseExperts, tensors: dict[str, Tensor], shape: LatentSh
         shape: the shape it was solved in.
         samples: tokens with their routing, best ones that took no part in the fit.
     """
-    packed = Packed(dense.spec, shape, tensors)
-    work = _work(dense)
+    banks, work = Packed.all_of(dense.spec, shape, tensors), _work(dense)
     exact_TH = torch.zeros(samples.x_TH.shape, dtype=work, device=dense.w_in_EJH.device)
     change_TH = torch.zeros_like(exact_TH)
-    for expert in range(dense.spec.num_experts):
+    for expert, packed in sorted(banks.items()):
         for tokens_N, rows_NH, gate_N in samples.routed(expert):
             x_NH, gate_N1 = rows_NH.to(work), gate_N[:, None].to(work)
-            y_NH = dense.intermediate(expert, x_NH) @ dense.w_out_EHI[expert].to(work).T
+            y_NH = dense.output(expert, dense.intermediate(expert, x_NH))
             latent_NH = packed.output(expert, dense.activate(packed.intermediate(expert, x_NH, _bias(dense, expert))))
             if dense.bias_out_EH is not None:
-                bias_H = dense.bias_out_EH[expert].to(work)
-                y_NH, latent_NH = y_NH + bias_H, latent_NH + bias_H
+                latent_NH = latent_NH + dense.bias_out_EH[expert].to(work)
             if dense.after is not None:
                 y_NH, latent_NH = dense.after(y_NH), dense.after(latent_NH)
             change_TH.index_add_(0, tokens_N, (latent_NH - y_NH) * gate_N1)

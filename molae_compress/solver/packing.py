@@ -1,4 +1,4 @@
-"""The tensors of one latent module as the solver fills them: bases and cores, in the storage `LatentShape` names.
+"""The tensors of one bank of a latent module as the solver fills them: bases and cores, in the storage `LatentShape` names.
 
 Bases are rounded to the output dtype as they are stored, and read back rounded, so that what is fitted on top of them
 already knows the rounding.
@@ -6,11 +6,13 @@ already knows the rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
 from molae_compress.solver.basis import interpolated, interpolative, orthonormal_rows
-from molae_compress.tensors import PIVOT_DTYPE, ExpertsSpec, LatentShape
+from molae_compress.tensors import PIVOT_DTYPE, AnyShape, Bank, ExpertsSpec, LatentShape
 
 
 def branch_rows(spec: ExpertsSpec, shape: LatentShape, device: torch.device | str) -> list[Tensor | slice]:
@@ -22,22 +24,37 @@ def branch_rows(spec: ExpertsSpec, shape: LatentShape, device: torch.device | st
 
 
 class Packed:
-    """Tensors named as `LatentShape.tensors`, with access by group and expert in canonical orientation."""
+    """Tensors of one bank, named as `LatentShape.tensors`, by group and by the module's own index of an expert.
 
-    def __init__(self, spec: ExpertsSpec, shape: LatentShape, tensors: dict[str, Tensor]) -> None:
-        self.spec, self.shape, self.tensors = spec, shape, tensors
+    Matrices come in canonical orientation.
+    """
+
+    def __init__(self, bank: Bank, tensors: Mapping[str, Tensor]) -> None:
+        self.spec, self.shape, self.experts, self.tensors = bank.spec, bank.shape, bank.experts, dict(tensors)
+        self._place = {expert: place for place, expert in enumerate(bank.experts)}
 
     @classmethod
-    def empty(cls, spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype, device: torch.device | str) -> Packed:
+    def empty(cls, bank: Bank, dtype: torch.dtype, device: torch.device | str) -> Packed:
         """Tensors to be filled: floats in `dtype`, pivots as integers."""
-        return cls(
-            spec,
-            shape,
-            {
-                name: torch.empty(size, dtype=PIVOT_DTYPE if name.endswith(".pivots") else dtype, device=device)
-                for name, size in shape.tensors(spec).items()
-            },
-        )
+        tensors = {
+            name: torch.empty(size, dtype=PIVOT_DTYPE if name.endswith(".pivots") else dtype, device=device)
+            for name, size in bank.shape.tensors(bank.spec).items()
+        }
+        return cls(bank, tensors)
+
+    @classmethod
+    def all_of(cls, spec: ExpertsSpec, shape: AnyShape, tensors: Mapping[str, Tensor]) -> dict[int, Packed]:
+        """The bank of each expert of a module, from tensors named as `shape.tensors`."""
+        found: dict[int, Packed] = {}
+        for bank in shape.banks(spec):
+            own = {name.removeprefix(bank.prefix): value for name, value in tensors.items() if name.startswith(bank.prefix)}
+            packed = cls(bank, own)
+            found |= dict.fromkeys(bank.experts, packed)
+        return found
+
+    def groups(self, size: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Number and experts of every group of `size`."""
+        return ((start // size, self.experts[start : start + size]) for start in range(0, len(self.experts), size))
 
     def set_basis(self, stem: str, group: int, b_RH: Tensor) -> Tensor:
         """Stores the row space of `b_RH` as the basis of a group; returns the basis as stored, [R,H] float32 or wider."""
@@ -69,24 +86,25 @@ class Packed:
         spec, shape = self.spec, self.shape
         if shape.form == "layer":
             name = "core.down_proj" if stem == "down" else "core.gate_up_proj" if spec.has_gate else "core.up_proj"
-            core = self.tensors[name][expert]
+            core = self.tensors[name][self._place[expert]]
             return core.T if spec.is_transposed else core
         flat = self.tensors[f"core.{stem}"]
-        rank = flat.shape[0] // spec.num_experts
-        core = flat[expert * rank : (expert + 1) * rank]
+        rank, place = flat.shape[0] // spec.num_experts, self._place[expert]
+        core = flat[place * rank : (place + 1) * rank]
         return core if stem == "down" else core.T
 
     def set_biases(self, bias_in_EJ: Tensor, bias_out_EH: Tensor) -> None:
         """Copies the dense biases, which stay at full width."""
         first = "gate_up_proj" if self.spec.has_gate else "up_proj"
-        self.tensors[f"core.{first}_bias" if self.shape.form == "layer" else "core.bias"].copy_(bias_in_EJ)
-        self.tensors["decode_bias"].copy_(bias_out_EH)
+        experts = list(self.experts)
+        self.tensors[f"core.{first}_bias" if self.shape.form == "layer" else "core.bias"].copy_(bias_in_EJ[experts])
+        self.tensors["decode_bias"].copy_(bias_out_EH[experts])
 
     def intermediate(self, expert: int, x_NH: Tensor, bias_J: Tensor | None) -> Tensor:
         """[N,J] in the dtype of `x_NH`: the first projection of the stored latent expert, before the activation."""
         parts = []
         for stem, core in self.shape.branches():
-            basis_RH = self.basis(stem, expert // self.shape.input_group, self.shape.rank_in).to(x_NH.dtype)
+            basis_RH = self.basis(stem, self._place[expert] // self.shape.input_group, self.shape.rank_in).to(x_NH.dtype)
             parts.append((x_NH @ basis_RH.T) @ self.core(core, expert).T.to(x_NH.dtype))
         h_NJ = parts[0]
         if len(parts) > 1:
@@ -100,4 +118,6 @@ class Packed:
         u_NR = z_NI @ self.core("down", expert).T.to(z_NI.dtype)
         if self.shape.rank_out is None:
             return u_NR
-        return u_NR @ self.basis("decode", expert // self.shape.output_group, self.shape.rank_out).to(z_NI.dtype)
+        return u_NR @ self.basis("decode", self._place[expert] // self.shape.output_group, self.shape.rank_out).to(
+            z_NI.dtype
+        )

@@ -134,13 +134,17 @@ def refit_down(w_HI: Tensor, z_NI: Tensor, own_NI: Tensor, p_N: Tensor, ridge: f
     return down_IH.T
 
 
+def importance(samples: Calibrated) -> list[float]:
+    """What the output error of each expert counts: four parts its own slots, one part those of the average expert."""
+    own = [sum(w for _, w in slots_of(samples, [e])) / len(samples.x_TH) for e in range(samples.num_experts)]
+    return [0.8 * weight + 0.2 * sum(own) / len(own) for weight in own]
+
+
 def solve_layer(dense: DenseExperts, samples: Calibrated, shape: LatentShape, fit: Fit) -> tuple[Tensor, Tensor]:
     """Effective weights [E,J,H] and [E,H,I] float64 of the latent layer that `layer.solve_layer` finds."""
     w_in_EJH, w_out_EHI = dense.w_in_EJH.double().clone(), dense.w_out_EHI.double().clone()
     spec, total = dense.spec, len(samples.x_TH)
-    weights = [sum(w for _, w in slots_of(samples, [e])) / total for e in range(spec.num_experts)]
-    floor = 0.01 * sum(weights) / len(weights)
-    weights = [max(weight, floor) for weight in weights]
+    weights = importance(samples)
     branches = spec.gate_rows() if shape.gate_up == "separate" else (torch.arange(spec.rows),)
     for start in range(0, spec.num_experts, shape.input_group):
         group = range(start, start + shape.input_group)
