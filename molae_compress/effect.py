@@ -8,13 +8,14 @@ Shape suffixes: N rows of one sample; the rest as in `tensors`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.solver.layer import LayerError, layer_error
+from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import ROWS, Calibrated
 from molae_compress.source import Source
 from molae_compress.stream import HeldOut, stand_in
@@ -45,10 +46,11 @@ class Effect:
 
     def error(self, tensors: Mapping[str, Tensor], shape: AnyShape) -> LayerError:
         """Errors with the module in its latent form: `relative` of its own output, `err_h` of its layer's."""
+        dense = self.layer[self.spec.name]
+        latent = _Latent(**vars(dense), banks=Packed.all_of(self.spec, shape, tensors))
         with self.source.layer(self.source.layers.of(self.spec.name)) as module:
-            own = layer_error(self.layer[self.spec.name], dict(tensors), shape, self.samples)
-            latent = latent_module(self.source, self.spec, shape, tensors)
-            err_h = self._changed(module, latent)
+            own = layer_error(dense, dict(tensors), shape, self.samples)
+            err_h = self._changed(module, stand_in(self.source, self.spec, latent))
         return replace(own, err_h=err_h, tokens=self.held_out.tokens)
 
     def gain(self) -> float:
@@ -91,6 +93,23 @@ def _in_parts(routed: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[T
         return torch.cat([routed(*part) for part in zip(*(array.split(ROWS) for array in inputs), strict=True)])
 
     return in_parts
+
+
+@dataclass
+class _Latent(DenseExperts):
+    """Experts that compute as their latent form does: one at a time, so that it is never in memory in float32."""
+
+    banks: Mapping[int, Packed] = field(default_factory=dict)
+
+    def intermediate(self, expert: int, x_NH: Tensor) -> Tensor:
+        """See `DenseExperts`."""
+        bias_J = None if self.bias_in_EJ is None else self.bias_in_EJ[expert]
+        return self.activate(self.banks[expert].intermediate(expert, x_NH, bias_J))
+
+    def output(self, expert: int, z_NI: Tensor) -> Tensor:
+        """See `DenseExperts`."""
+        y_NH = self.banks[expert].output(expert, z_NI)
+        return y_NH if self.bias_out_EH is None else y_NH + self.bias_out_EH[expert].to(y_NH.dtype)
 
 
 @dataclass

@@ -246,10 +246,7 @@ def make_plan(
     if not measured and most_bytes is not None:
         limit += max(0, most_bytes - sum(layer.bytes for layer in layers if layer.shape is not None))
     # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
-    fitting = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
-    # to measure its error the latent form is computed with in float32
-    measuring = experts + latent + 4 * max(layer.parameters for layer in layers) if tokens else 0
-    working = max(fitting, measuring)
+    working = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
     # the ends of both models at once
     compared = ends_bytes if evaluated else 0
     return Plan(
