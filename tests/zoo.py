@@ -29,6 +29,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), INTERMEDIATE),
     **dict.fromkeys(("shared_intermediate_size", "moe_shared_intermediate_size"), INTERMEDIATE),
     "moe_hidden_size": 24,
+    "moe_latent_size": 24,
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "depth"), 2),
     **dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 1),
