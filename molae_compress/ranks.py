@@ -243,7 +243,7 @@ def by_spectrum(
     """
     pairs = list(zip(modules, spectra, strict=True))
     layers = [[_part(recipe, module, found, range(module.spec.num_experts))] for module, found in pairs]
-    if (banks := bank_count(recipe)) > 1:
+    if (banks := _bank_count(recipe)) > 1:
         units = [[_part(recipe, module, found, unit) for unit in _units(module)] for module, found in pairs]
         flat = [curve for parts in units for part in parts for curve in part.curves]
         picks = water_level(flat, amount)
@@ -264,7 +264,7 @@ def by_spectrum(
     ]
 
 
-def bank_count(recipe: Recipe) -> int:
+def _bank_count(recipe: Recipe) -> int:
     """Banks that a layer may have at most."""
     banks = recipe.budget.banks
     return (_BANKS if recipe.calibration is not None else 1) if banks == "auto" else int(banks)
