@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from molae_compress.errors import RecipeError
 from molae_compress.recipe import Recipe
-from molae_compress.solver.allocate import Curve, allocate, partition, tail_errors, water_level
+from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
 from molae_compress.solver.layer import LayerSpectra
 from molae_compress.tensors import PIVOT_DTYPE, AnyShape, BankedShape, ExpertsSpec, LatentShape
 
@@ -244,15 +245,15 @@ def by_spectrum(
     pairs = list(zip(modules, spectra, strict=True))
     layers = [[_part(recipe, module, found, range(module.spec.num_experts))] for module, found in pairs]
     if (banks := _bank_count(recipe)) > 1:
-        units = [[_part(recipe, module, found, unit) for unit in _units(module)] for module, found in pairs]
-        flat = [curve for parts in units for part in parts for curve in part.curves]
-        picks = water_level(flat, amount)
-        if picks is not None:
-            costs = iter([curve.costs[pick] for curve, pick in zip(flat, picks, strict=True)])
-            for place, ((module, found), parts) in enumerate(zip(pairs, units, strict=True)):
-                taken = [sum(next(costs) for _ in part.curves) for part in parts]
-                together = [[e for unit in members for e in parts[unit].experts] for members in partition(taken, banks)]
-                layers[place] = [_part(recipe, module, found, sorted(experts)) for experts in together]
+        tables = [table for module, found in pairs for table in _tables(recipe, module, found)]
+        if (spent := bought(tables, amount)) is not None:
+            per_layer = iter(spent)
+            for place, (module, found) in enumerate(pairs):
+                taken_U = sum((next(per_layer) for _ in module.sides), torch.zeros(()))
+                units = _units(module)
+                for_bank = partition(taken_U.tolist(), banks)
+                together = [sorted(expert for unit in members for expert in units[unit]) for members in for_bank]
+                layers[place] = [_part(recipe, module, found, experts) for experts in together]
     curves = [curve for parts in layers for part in parts for curve in part.curves]
     picks = allocate(curves, amount)
     if picks is None:
@@ -273,6 +274,25 @@ def _bank_count(recipe: Recipe) -> int:
 def _units(module: Module) -> list[range]:
     size = math.lcm(module.shape.input_group, module.shape.output_group if module.shape.rank_out is not None else 1)
     return [range(start, start + size) for start in range(0, module.spec.num_experts, size)]
+
+
+def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra) -> list[tuple[Tensor, Tensor]]:
+    """For each side of a module, errors [U,R] of its units at each rank, and costs [R]."""
+    units, scales = _units(module), _scales(recipe, spectra)
+    own = module.with_experts(len(units[0]))
+    sides: list[tuple[float, tuple[Tensor, ...]]] = [(scales[0], spectra.input_GM), (scales[1], (spectra.output_GM,))]
+    parts = [
+        [scale * tails_at(part, side.ranks).unflatten(0, (len(units), -1)).sum(1) for part in energies]
+        for (scale, energies), side in zip(sides, (own.sides[0], own.sides[-1]), strict=True)
+    ]
+    errors = [torch.stack(part).sum(0) for part in parts]
+    if module.shape.form == "layer":
+        errors = [errors[0] + errors[1]]
+    tables = []
+    for side, error_UR in zip(own.sides, errors, strict=False):
+        count = len(side.curve([0.0] * len(side.ranks)).costs)
+        tables.append((error_UR[:, :count], torch.tensor(side.costs[:count], dtype=torch.float64)))
+    return tables
 
 
 def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, experts: Sequence[int]) -> _Part:

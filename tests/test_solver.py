@@ -19,7 +19,7 @@ from torch import Tensor
 from molae_compress.solver import layer as solver_layer
 from molae_compress.solver import population as solver_population
 from molae_compress.solver import reference
-from molae_compress.solver.allocate import Curve, allocate, partition, tail_errors
+from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
 from molae_compress.solver.basis import Stack, interpolated, interpolative, orthonormal_rows
 from molae_compress.solver.layer import Fit, layer_error, measure_spectra, solve_layer
 from molae_compress.solver.moments import Moments, cholesky, ridged
@@ -824,3 +824,24 @@ def test_partition_is_the_best_of_all_partitions(values: list[int], count: int) 
     labels = product(range(count), repeat=len(values))
     ways = ([[i for i, own in enumerate(each) if own == k] for k in set(each)] for each in labels)
     assert spread(sets) == pytest.approx(min(spread(way) for way in ways), abs=1e-9)
+
+
+@given(curves(convex=True), st.integers(0, 60))
+def test_what_is_bought_of_convex_curves_is_what_steps_along_them_buy(found: list[Curve], budget: int) -> None:
+    tables = [(torch.tensor([curve.errors], dtype=torch.float64), torch.tensor(curve.costs).double()) for curve in found]
+    spent = bought(tables, budget)
+    if sum(curve.costs[0] for curve in found) > budget:
+        assert spent is None
+        return
+    assert spent is not None
+    costs = [int(cost_U) for cost_U in spent]
+    assert sum(costs) <= budget
+    error = sum(curve.errors[curve.costs.index(cost)] for curve, cost in zip(found, costs, strict=True))
+    # no other choice of at most this cost is better: the choice is optimal for what it spends
+    assert error <= (reference.allocate(found, sum(costs)) or 0.0) + 1e-9
+
+
+def test_tails_of_groups_add_up_to_the_tail_of_all() -> None:
+    energy_GM = torch.rand(3, 5, generator=generator(0), dtype=torch.float64)
+    ranks = (0, 2, 5, 9)
+    assert tails_at(energy_GM, ranks).sum(0).tolist() == pytest.approx(list(tail_errors(energy_GM, ranks)))

@@ -8,10 +8,12 @@ best steps that still fit.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -35,12 +37,47 @@ def tail_errors(energy_GM: Tensor, ranks: Sequence[int]) -> tuple[float, ...]:
     return tuple(float(tail[rank]) if rank < len(tail) else 0.0 for rank in ranks)
 
 
+def tails_at(energy_GM: Tensor, ranks: Sequence[int]) -> Tensor:
+    """[G,R]: for each group alone, the energies beyond each rank."""
+    tail_GM = energy_GM.flip(1).cumsum(1).flip(1)
+    tail_GM = torch.cat([tail_GM, tail_GM.new_zeros(len(tail_GM), 1)], dim=1)
+    return tail_GM[:, torch.tensor(ranks).clamp(max=energy_GM.shape[1])]
+
+
+def bought(tables: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[Tensor] | None:
+    """What each of very many curves takes of a budget that is spent where the error falls most per cost.
+
+    The same choice as steps along the hulls, found from its price: every curve takes the point of least error + price *
+    cost, and the price is the lowest at which the budget suffices (bisection).
+
+    Args:
+        tables: errors [U,R] of U curves, and costs [R] that they share.
+        budget: for all of them together.
+
+    Returns:
+        costs [U] for each table; None if the cheapest choices exceed the budget.
+    """
+
+    def taken(price: float) -> list[Tensor]:
+        return [cost_R[(error_UR + price * cost_R).argmin(1)] for error_UR, cost_R in tables]
+
+    if sum(float(cost_R[0]) * len(error_UR) for error_UR, cost_R in tables) > budget:
+        return None
+    largest = max(float(error_UR.max()) for error_UR, _ in tables)
+    low, high = -80.0, 2.0  # of the price, as an exponent of e times the largest error
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(float(cost_U.sum()) for cost_U in taken(largest * math.exp(middle))) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    return taken(largest * math.exp(high))
+
+
 def allocate(curves: Sequence[Curve], budget: int) -> list[int] | None:
     """Index of the chosen rank in each curve, total cost within `budget`; None if even the cheapest choices exceed it.
 
     Never worse than taking the same index in every curve.
     """
-    level = water_level(curves, budget)
+    level = _water_level(curves, budget)
     if level is None:
         return None
     chosen = _fill(curves, level, budget)
@@ -65,7 +102,7 @@ def _same_index(curves: Sequence[Curve], budget: int) -> list[int]:
     return [0] * len(curves)
 
 
-def water_level(curves: Sequence[Curve], budget: int) -> list[int] | None:
+def _water_level(curves: Sequence[Curve], budget: int) -> list[int] | None:
     """Steps along the hulls in the order of their gain, as far as the budget goes; None if the cheapest exceed it."""
     if sum(curve.costs[0] for curve in curves) > budget:
         return None
