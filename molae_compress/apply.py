@@ -102,10 +102,7 @@ def run(
     job = _Job.open(recipe, device, max_memory, trust_remote_code)
     check_places(out, path, job.source.folder.resolve(), ours=is_artifact)
     job.run.progress = progress or silent
-    expected = job.run.expected_shapes(job.copied_bytes())
-    check_names(job.source.keys, job.source.specs, expected)
-    replaced_keys(job.source, expected)
-    job.read_texts()
+    expected = job.checked()
     if not fresh and is_artifact(out):
         report = _finished(out, recipe, job.stage_inputs()[SOLVE])
         _check_gate(recipe, report)
@@ -180,6 +177,14 @@ class _Job:
             )
         limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
         return cls(recipe, source, Run(recipe, source, None, memory_limit=limit), trust_remote_code)
+
+    def checked(self) -> Shapes:
+        """What is known of the shapes, once everything has been refused that can be before a weight is read."""
+        shapes = self.run.expected_shapes(self.copied_bytes())
+        check_names(self.source.keys, self.source.specs, shapes)
+        replaced_keys(self.source, shapes)
+        self.read_texts()
+        return shapes
 
     def read_texts(self) -> None:
         """Reads and tokenises the calibration text; that of the evaluation too, to find it wanting before the work."""

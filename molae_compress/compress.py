@@ -13,27 +13,24 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molae_compress.budget import Shapes, shapes_for
-from molae_compress.calibration.observed import ObservedExperts, RoutedTokens
-from molae_compress.calibration.one_by_one import ObservedList
+from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
-from molae_compress.effect import Effect, latent_module
+from molae_compress.effect import Effect, LatentRun
 from molae_compress.ranks import template
 from molae_compress.recipe import Recipe
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
 from molae_compress.stream import STAGE as HIDDEN
-from molae_compress.stream import HeldOut, ResidualStream, observed
+from molae_compress.stream import HeldOut, ResidualStream, StandIn, observed, stand_in
 from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 Progress = Callable[[str, int, int], None]
-Visit = Callable[[ExpertsSpec, DenseExperts, Calibrated | Uninformed, Calibrated | None, Effect | None], None]
 OBSERVE, SOLVE = "observe", "solve"
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
@@ -87,6 +84,28 @@ class Solved:
     error: LayerError | None
     tokens_per_expert: list[int]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One experts module while its layer is at hand.
+
+    Attributes:
+        spec: the module.
+        dense: its weights.
+        population: what is known of its inputs, for the fit.
+        held_out: the tokens that only measure; None without any.
+        effect: what changes of the module do to its layer; None if it sees no tokens.
+    """
+
+    spec: ExpertsSpec
+    dense: DenseExperts
+    population: Calibrated | Uninformed
+    held_out: Calibrated | None = None
+    effect: Effect | None = None
+
+
+Visit = Callable[[Turn], None]
 
 
 @dataclass
@@ -159,18 +178,13 @@ class Run:
             branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
             spectra[name] = LayerSpectra(branches, tensors["output"])
 
-        def observe(
-            spec: ExpertsSpec,
-            dense: DenseExperts,
-            population: Calibrated | Uninformed,
-            held_out: Calibrated | None,
-            effect: Effect | None,
-        ) -> None:
-            found = measure_spectra(dense, population, template(self.recipe, spec), self.fit)
+        def observe(turn: Turn) -> None:
+            spec = turn.spec
+            found = measure_spectra(turn.dense, turn.population, template(self.recipe, spec), self.fit)
             found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
-            found = found if effect is None else _times(found, effect.gain())
+            found = found if turn.effect is None else _times(found, turn.effect.gain())
             spectra[spec.name] = found
-            unseen.update({spec.name} if isinstance(population, Uninformed) else ())
+            unseen.update({spec.name} if isinstance(turn.population, Uninformed) else ())
             if self.work is not None:
                 parts = {f"input.{branch}": part for branch, part in enumerate(found.input_GM)}
                 info = {"unseen": spec.name in unseen}
@@ -187,17 +201,13 @@ class Run:
         done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
         idle = {spec.name for spec in self.specs if spec.name not in latent}
 
-        def solve(
-            spec: ExpertsSpec,
-            dense: DenseExperts,
-            population: Calibrated | Uninformed,
-            held_out: Calibrated | None,
-            effect: Effect | None,
-        ) -> None:
+        def solve(turn: Turn) -> None:
+            spec = turn.spec
             started, shape = time.monotonic(), latent[spec.name]
-            tensors = solve_layer(dense, population, shape, self.fit, self.dtype(spec))
-            error = effect.error(tensors, shape) if effect is not None and held_out is not None else None
-            counts = _routed(population, held_out) if self.windows_NL is not None else []
+            tensors = solve_layer(turn.dense, turn.population, shape, self.fit, self.dtype(spec))
+            measured = turn.effect is not None and turn.held_out is not None
+            error = turn.effect.error(tensors, shape) if turn.effect is not None and measured else None
+            counts = _routed(turn.population, turn.held_out) if self.windows_NL is not None else []
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
             done.add(spec.name)
@@ -235,7 +245,7 @@ class Run:
         if self.windows_NL is None:
             for spec in pending:
                 uninformed = Uninformed(spec.num_experts, spec.hidden, self.source.device)
-                visit(spec, self.source.dense(spec), uninformed, None, None)
+                visit(Turn(spec, self.source.dense(spec), uninformed))
             return
         if not pending:
             return
@@ -278,41 +288,39 @@ class Run:
         experts = observed(self.source, here, recorders)
         held_out = stream.held_out(self._windows_held_out)
         with self.source.layer(layer) as module:
-            if sequential and not pending:
-                experts |= self._compressed(here, latent)
-            seen = stream.step(module, experts, recorders, advance=goes_on and not (sequential and pending))
+            past = self._compressed(experts, latent) if sequential and not pending else experts
+            seen = stream.step(module, past, recorders, advance=goes_on and not (sequential and pending))
         self._visit(pending, experts, seen, held_out, visit)
         del held_out
         if goes_on and sequential and pending:
-            experts = observed(self.source, [spec for spec in here if spec.name not in latent], {})
             with self.source.layer(layer) as module:
-                stream.step(module, experts | self._compressed(here, latent), {})
+                stream.step(module, self._compressed(experts, latent), {})
 
-    def _compressed(self, specs: Sequence[ExpertsSpec], latent: Mapping[str, AnyShape]) -> dict[str, nn.Module]:
-        """Finished modules, callable while the layer is; what they keep of the original is the layer's own."""
-        return {
-            spec.name: latent_module(self.source, spec, latent[spec.name], self.solved(spec).tensors)
-            for spec in specs
-            if spec.name in latent
-        }
+    def _compressed(self, experts: Mapping[str, StandIn], latent: Mapping[str, AnyShape]) -> dict[str, StandIn]:
+        """Stand-ins for the modules of a layer, those that are finished in their latent form."""
+        past = dict(experts)
+        for spec in (spec for spec in self.specs if spec.name in latent and spec.name in experts):
+            finished = LatentRun.of(experts[spec.name].dense, self.solved(spec).tensors, latent[spec.name])
+            past[spec.name] = stand_in(self.source, spec, finished)
+        return past
 
     def _visit(
         self,
         pending: Sequence[ExpertsSpec],
-        experts: Mapping[str, nn.Module],
+        experts: Mapping[str, StandIn],
         seen: dict[str, RoutedTokens | None],
         held_out: HeldOut,
         visit: Visit,
     ) -> None:
         """Visits modules of one layer; all its `experts` are stand-ins for dense ones."""
-        dense = {name: cast(ObservedExperts | ObservedList, experts[name]).dense for name in experts if pending}
+        dense = {name: experts[name].dense for name in experts}
         for spec in pending:
             population, measuring = self._split(seen.pop(spec.name), spec)
             effect = None
             if isinstance(population, Calibrated):
                 # of a single window, what is fitted on can still tell what the layer makes of errors
                 effect = Effect(self.source, held_out, spec, dense, population if measuring is None else measuring)
-            visit(spec, dense[spec.name], population, measuring, effect)
+            visit(Turn(spec, dense[spec.name], population, measuring, effect))
 
     @property
     def _windows_held_out(self) -> int:

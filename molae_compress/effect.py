@@ -7,13 +7,12 @@ Shape suffixes: N rows of one sample; the rest as in `tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from molae_compress.modeling.latent import LatentExperts
 from molae_compress.solver.layer import LayerError, layer_error
 from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import ROWS, Calibrated
@@ -21,9 +20,9 @@ from molae_compress.source import Source
 from molae_compress.stream import HeldOut, stand_in
 from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
-# Of noise, relative to an expert's output: small, but not lost where sixteen bits round the residual stream.
-_NOISE, _NOISE_IN_16_BIT = 0.01, 0.3
-_SHUFFLES = 4
+# Of the change, relative to an expert's output: small, but not lost where sixteen bits round the residual stream.
+_CHANGE, _CHANGE_IN_16_BIT = 0.01, 0.3
+_SHUFFLES = 4  # of an output's coordinates in one change, so that a few large ones do not decide it
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Effect:
     def error(self, tensors: Mapping[str, Tensor], shape: AnyShape) -> LayerError:
         """Errors with the module in its latent form: `relative` of its own output, `err_h` of its layer's."""
         dense = self.layer[self.spec.name]
-        latent = _Latent(**vars(dense), banks=Packed.all_of(self.spec, shape, tensors))
+        latent = LatentRun.of(dense, tensors, shape)
         with self.source.layer(self.source.layers.of(self.spec.name)) as module:
             own = layer_error(dense, dict(tensors), shape, self.samples)
             err_h = self._changed(module, stand_in(self.source, self.spec, latent))
@@ -56,15 +55,15 @@ class Effect:
     def gain(self) -> float:
         """Squared error in the residual stream for a squared error in the outputs of single experts.
 
-        Noise in proportion to each output is added there, before norms and routing weights; what the layer makes of it is
+        A change in proportion to each output is added there, before norms and routing weights; what the layer makes of it is
         compared with what the solver's weights of slots make of it. That is 1, up to chance, where the layer adds up its
         experts and nothing else.
         """
         dense = self.layer[self.spec.name]
-        size = _NOISE if self.source.model.dtype.itemsize > 2 else _NOISE_IN_16_BIT
-        noisy = _Disturbed(**vars(dense), size=size)
+        size = _CHANGE if self.source.model.dtype.itemsize > 2 else _CHANGE_IN_16_BIT
+        disturbed = _Disturbed(**vars(dense), size=size)
         with self.source.layer(self.source.layers.of(self.spec.name)) as module:
-            found = self._changed(module, stand_in(self.source, self.spec, noisy))
+            found = self._changed(module, stand_in(self.source, self.spec, disturbed))
         expected = size**2 * _weighed_outputs(dense, self.samples)
         return found / expected if expected else 1.0
 
@@ -78,28 +77,17 @@ class Effect:
         return [spec for spec in self.source.specs if spec.name in self.layer]
 
 
-def latent_module(source: Source, spec: ExpertsSpec, shape: AnyShape, tensors: Mapping[str, Tensor]) -> LatentExperts:
-    """A finished module, callable while its layer is; what it keeps of the original is the layer's own."""
-    module = LatentExperts.from_stock(source.model.get_submodule(spec.name), spec, shape)
-    module.load_latent_({name: tensor.to(source.device) for name, tensor in tensors.items()})
-    module.routed = _in_parts(module.routed)  # type: ignore[assignment]
-    return module
-
-
-def _in_parts(routed: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A limited number of tokens at a time: a latent module computes all slots of a call at once."""
-
-    def in_parts(*inputs: Tensor) -> Tensor:
-        return torch.cat([routed(*part) for part in zip(*(array.split(ROWS) for array in inputs), strict=True)])
-
-    return in_parts
-
-
 @dataclass
-class _Latent(DenseExperts):
+class LatentRun(DenseExperts):
     """Experts that compute as their latent form does: one at a time, so that it is never in memory in float32."""
 
     banks: Mapping[int, Packed] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dense: DenseExperts, tensors: Mapping[str, Tensor], shape: AnyShape) -> LatentRun:
+        """In place of `dense`, which gives activation, norms and biases."""
+        own = {name: tensor.to(dense.w_in_EJH.device) for name, tensor in tensors.items()}
+        return cls(**vars(dense), banks=Packed.all_of(dense.spec, shape, own))
 
     def intermediate(self, expert: int, x_NH: Tensor) -> Tensor:
         """See `DenseExperts`."""

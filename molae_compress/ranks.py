@@ -23,7 +23,7 @@ from molae_compress.tensors import PIVOT_DTYPE, AnyShape, BankedShape, ExpertsSp
 KERNEL_STEP = 8  # ranks of the layer form are rows of the stock grouped kernels, which take multiples of 16 bytes
 _ALIGN = {"quality": 8, "serving": 64}
 _STEPS = 32  # an automatic alignment leaves at least this many ranks to choose from
-_BANKS = 4  # measured: four banks give nearly what a rank for every expert gives
+_BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
 
 
 def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:

@@ -30,6 +30,7 @@ from molae_compress.source import Source
 from molae_compress.tensors import DenseExperts, ExpertsSpec
 
 STAGE = "hidden"  # of the work directory
+StandIn = ObservedExperts | ObservedList
 CHECKPOINT_SECONDS = 60.0
 Done = Callable[[int], None]
 _ROWS = 1024  # tokens compared at a time
@@ -246,14 +247,12 @@ class ResidualStream:
         return mapped
 
 
-def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, nn.Module]:
+def observed(source: Source, specs: Sequence[ExpertsSpec], recorders: Mapping[str, Recorder]) -> dict[str, StandIn]:
     """Stand-ins computing what the dense experts of a layer compute; those with a recorder keep what they see."""
     return {spec.name: stand_in(source, spec, source.dense(spec), recorders.get(spec.name)) for spec in specs}
 
 
-def stand_in(
-    source: Source, spec: ExpertsSpec, dense: DenseExperts, record: Recorder | None = None
-) -> ObservedExperts | ObservedList:
+def stand_in(source: Source, spec: ExpertsSpec, dense: DenseExperts, record: Recorder | None = None) -> StandIn:
     """Computes what `dense` computes, called as the experts module that `spec` describes; see `ObservedExperts`."""
     module = source.model.get_submodule(spec.name)
     layout = layout_of(spec.name, module)

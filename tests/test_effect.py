@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import molae_compress as molae
 from molae_compress import Recipe, compress_
 from molae_compress.adapters import find_experts
-from molae_compress.compress import OBSERVE, Run
+from molae_compress.compress import OBSERVE, Run, Turn
 from molae_compress.source import LiveSource
 from tests.conftest import CheckpointMaker
 from tests.runs import recipe_for
@@ -30,8 +30,9 @@ def gains(model: PreTrainedModel, **calibration: Any) -> list[float]:
     recipe = Recipe.load({"molae": 1, "budget": {"keep": 0.5}, "calibration": CALIBRATION | calibration})
     found: list[float] = []
 
-    def visit(*seen: Any) -> None:
-        found.append(seen[-1].gain())
+    def visit(turn: Turn) -> None:
+        assert turn.effect is not None
+        found.append(turn.effect.gain())
 
     Run(recipe, LiveSource.of(model), tiny_ids(4, 64, seed=2) % 96)._each_layer(OBSERVE, set(), {}, visit)
     return found

@@ -12,16 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
+
+from molae_compress.errors import ModelError
 
 from .common import Layer, Setting
 
 Parameters = dict[str, Tensor]
-Shape = TypeVar("Shape")
+
+
+class Shape(Protocol):
+    """Sizes of the factors of one projection of a layer."""
+
+    def numel(self, E: int, P: int, D: int) -> int:
+        """Numbers stored for E experts of P x D."""
+
+
+S = TypeVar("S", bound=Shape)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "silu": functional.silu}
 WARM_UP = 0.05
 PROBE = 0.15  # of the steps: how long each candidate shape is tried
@@ -99,9 +111,32 @@ def error(w_NEPD: Tensor, f_NERD: Tensor, setting: Setting) -> tuple[float, Tens
     return float((found - w_NEPD).square().sum() / w_NEPD.square().sum()), found
 
 
-def best(shapes: Sequence[Shape], w_NEPD: Tensor, tried: Callable[[Shape, Tensor], float]) -> Shape:
+def best(shapes: Sequence[S], w_NEPD: Tensor, tried: Callable[[S, Tensor], float]) -> S:
     """The shape of least error after a short fit to some of the matrices."""
     if len(shapes) == 1:
         return shapes[0]
     some = w_NEPD[:: max(1, len(w_NEPD) // 3)]
     return min(shapes, key=lambda shape: tried(shape, some))
+
+
+def compressed(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    names: Sequence[str],
+    shapes: Sequence[S],
+    fitted: Callable[[Tensor, S, Setting, int], tuple[float, Tensor]],
+    setting: Setting,
+) -> int:
+    """Fits some projections of all layers in the best of the shapes and writes them back; returns the numbers stored."""
+    if not shapes:
+        raise ModelError("The budget holds no basis.")
+    w_NEPD = stacked(layers, names)
+    std_N111 = w_NEPD.std((1, 2, 3), keepdim=True)
+    w_NEPD = w_NEPD / std_N111
+    probe = round(PROBE * setting.steps)
+    shape = best(shapes, w_NEPD, lambda shape, w: fitted(w, shape, setting, probe)[0])
+    unstacked(layers, names, fitted(w_NEPD, shape, setting, setting.steps)[1] * std_N111)
+    for layer in layers:
+        layer.write(model)
+    N, *sizes = w_NEPD.shape
+    return N * shape.numel(*sizes)

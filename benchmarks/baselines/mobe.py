@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molae_compress.errors import ModelError
-
-from .adam import ACTIVATIONS, PROBE, Parameters, best, descend, error, group_bases, stacked, unstacked
+from .adam import ACTIVATIONS, Parameters, compressed, descend, error, group_bases, stacked
 from .common import Layer, Setting, budget, opened
 
 RATE, SCALE, OWN = 0.07, 0.5, 3.0
@@ -82,16 +80,5 @@ def mobe_even(model: PreTrainedModel, windows_NL: Tensor, setting: Setting) -> i
 
 
 def _compress(model: PreTrainedModel, layers: Sequence[Layer], names: Sequence[str], allowed: int, setting: Setting) -> int:
-    w_NEPD = stacked(layers, names)
-    std_N111 = w_NEPD.std((1, 2, 3), keepdim=True)
-    w_NEPD = w_NEPD / std_N111
-    N, E, P, D = w_NEPD.shape
-    candidates = shapes(E, P, D, allowed // N)
-    if not candidates:
-        raise ModelError("The budget holds no basis.")
-    probe = round(PROBE * setting.steps)
-    shape = best(candidates, w_NEPD, lambda shape, w: fitted(w, shape, setting, probe)[0])
-    unstacked(layers, names, fitted(w_NEPD, shape, setting, setting.steps)[1] * std_N111)
-    for layer in layers:
-        layer.write(model)
-    return N * shape.numel(E, P, D)
+    N, E, P, D = stacked(layers, names).shape
+    return compressed(model, layers, names, shapes(E, P, D, allowed // N), fitted, setting)

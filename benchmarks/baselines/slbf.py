@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molae_compress.errors import ModelError
 from molae_compress.solver.basis import interpolated, interpolative
 
-from .adam import ACTIVATIONS, PROBE, Parameters, best, descend, error, group_bases, stacked, unstacked
+from .adam import ACTIVATIONS, Parameters, compressed, descend, error, group_bases, stacked
 from .common import Setting, budget, opened
 
 RATE, DECAY, SCALE = 0.05, 1e-4, 1.0
@@ -86,16 +85,5 @@ def fitted(w_NEPD: Tensor, shape: Shape, setting: Setting, steps: int) -> tuple[
 def slbf(model: PreTrainedModel, windows_NL: Tensor, setting: Setting) -> int:
     """All three projections alike."""
     layers = opened(model)
-    w_NEPD = stacked(layers, NAMES)
-    std_N111 = w_NEPD.std((1, 2, 3), keepdim=True)
-    w_NEPD = w_NEPD / std_N111
-    N, E, P, D = w_NEPD.shape
-    candidates = shapes(E, P, D, budget(layers, setting) // N)
-    if not candidates:
-        raise ModelError("The budget holds no basis.")
-    probe = round(PROBE * setting.steps)
-    shape = best(candidates, w_NEPD, lambda shape, w: fitted(w, shape, setting, probe)[0])
-    unstacked(layers, NAMES, fitted(w_NEPD, shape, setting, setting.steps)[1] * std_N111)
-    for layer in layers:
-        layer.write(model)
-    return N * shape.numel(E, P, D)
+    N, E, P, D = stacked(layers, NAMES).shape
+    return compressed(model, layers, NAMES, shapes(E, P, D, budget(layers, setting) // N), fitted, setting)

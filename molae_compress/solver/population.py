@@ -21,7 +21,7 @@ from molae_compress.solver.moments import Moments, cross, ridged, trust
 Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
 ROWS = 2048  # rows sent to the device at a time: bounds the memory of everything that is computed from them
-_EVEN = 0.2  # measured: costs little on text like that of the calibration, and gains much on other text
+_EVEN = 0.2  # of what an expert counts: that of the average one, for text that is routed otherwise
 
 
 class Population(Protocol):
