@@ -6,7 +6,7 @@ OUTPUT ?= build/pocket-molae
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv quickstart test test-all docs bench clean
+.PHONY: help venv quickstart test test-all docs bench bench-quality clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all     the same with the slow tests"
 	@echo "make docs         the documentation, in build/site"
 	@echo "make bench        every benchmark, one after another"
+	@echo "make bench-quality  quality against other methods, and the page of it (FRESH=1 measures all anew)"
 	@echo "make clean        removes what the targets above made, the environment included"
 
 # Two stamps in one environment: `core` is enough to compress a model, `all` has every extra.
@@ -56,8 +57,14 @@ test-all: $(VENV)/all
 docs: $(VENV)/all
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/all
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: bench-quality
+	set -e; for script in solver memory; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
+
+# DATA is a folder of further texts, MODEL a further model: see benchmarks/README.md.
+bench-quality: $(VENV)/all
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py $(if $(FRESH),--fresh) $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ from baselines.reap import reap
 from baselines.slbf import Shape as SlbfShape
 from baselines.slbf import gauge_fixed
 from baselines.slbf import start as slbf_start
-from baselines.svd_llm import Matrix, pivoted, plain
+from baselines.svd_llm import Matrix, pivoted, plain, shares_of
 from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, tiny_ids, tiny_model
 
 WINDOWS_NL, HELD_OUT_NL = tiny_ids(batch=16, length=32), tiny_ids(batch=4, length=16, seed=1)
@@ -170,6 +170,50 @@ def test_whitened_factors_of_full_rank_are_the_matrix_and_fewer_are_optimal_wher
         return float((x_NY @ (found_XY - w_XY).T).square().sum())
 
     assert damage(plain(matrix, 7, chosen)) < 0.9 * damage(blind_XY)
+
+
+def test_interpolative_storage_holds_more_rank_and_so_comes_nearer(model: PreTrainedModel) -> None:
+    plain_model, pivoted_model = (edited(model, method, setting(0.6))[0] for method in ("svd-llm", "pifa"))
+    assert sum(rank for *_, rank in ranks(pivoted_model)) > sum(rank for *_, rank in ranks(plain_model))
+    assert distance(model, pivoted_model) < 0.8 * distance(model, plain_model)
+
+
+def test_a_matrix_that_loses_more_keeps_more_and_the_mean_is_the_budget() -> None:
+    """The allocation of SVD-LLM v2, within one type of matrices."""
+    chance = torch.Generator().manual_seed(0)
+    steep, flat = (torch.linalg.qr(torch.randn(I, I, generator=chance))[0] for _ in range(2))
+    decay = 1000 * torch.logspace(0, -4, I)
+    matrices = [Matrix.whitened(part, torch.eye(I).double()) for part in (steep * decay, 1000 * flat)]
+    shares = shares_of(matrices, 0.6, I // 2)
+    assert shares[0] < shares[1]
+    assert sum(shares) / 2 == pytest.approx(0.6)
+
+
+def test_mobe_leaves_the_second_projection_and_its_even_split_does_not(model: PreTrainedModel) -> None:
+    for method, kept in (("mobe", True), ("mobe-even", False)):
+        pairs = zip(opened(model), opened(edited(model, method, setting(0.6))[0]), strict=True)
+        assert all(torch.equal(a.down_EHI, b.down_EHI) == kept and not torch.equal(a.up_EIH, b.up_EIH) for a, b in pairs)
+
+
+def test_bases_mixed_behind_an_activation_are_found_where_the_experts_are_made_of_them(model: PreTrainedModel) -> None:
+    """At the budget of what the experts were made of, and the nearer the more steps are taken; per-expert factors cannot."""
+    chance, R, bases = torch.Generator().manual_seed(0), I // 2, 2
+    layers = opened(model)
+    for layer in layers:
+        for name in STACKS:
+            weights = torch.nn.functional.one_hot(torch.arange(E) * bases // E, bases) * 3 + torch.randn(
+                E, bases, generator=chance
+            )
+            mixed = torch.tanh(torch.einsum("em,mrh->erh", weights.softmax(-1), torch.randn(bases, R, H, generator=chance)))
+            stack = torch.randn(E, I, R, generator=chance) / R**0.5 @ mixed
+            setattr(layer, name, stack.mT.clone() if name == "down_EHI" else stack)
+    planted = put(copy.deepcopy(model), layers)
+    keep = (E * I * R + bases * R * H + E * bases) / (E * I * H) + 0.005
+    for method in ("mobe-even", "slbf"):
+        few, many = (distance(planted, edited(planted, method, setting(keep, steps))[0]) for steps in (5, 300))
+        assert many < 0.01, method
+        assert many < few / 2, method
+    assert distance(planted, edited(planted, "svd-llm", setting(keep))[0]) > 0.1
 
 
 def test_a_rank_that_experts_share_is_found_by_shared_bases_and_not_by_per_expert_factors(

@@ -1,17 +1,13 @@
-"""README and documentation against the code: figures, commands, flags, messages, links and examples."""
+"""README and documentation against the code: commands, flags, messages, links and examples."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import json
 import os
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import click
 import pytest
@@ -26,7 +22,6 @@ from tests.zoo import NO_BASIS, NO_LAYER_FORM
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RESULTS = ROOT / "benchmarks" / "results" / "quality-pocket-moe.json"
 FENCE = re.compile(
     r"(?P<mark><!-- tested -->\n)?^(?P<indent> *)```(?P<kind>\w+)\n(?P<code>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
@@ -54,22 +49,6 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def script(name: str) -> ModuleType:
-    """A script of `benchmarks`, imported without running it."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return content
-
-
 def options(command: click.Command) -> set[str]:
     return {"--help", *(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts))}
 
@@ -91,43 +70,9 @@ def slug(heading: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
 
 
-def test_the_table_and_the_picture_show_the_results(results: dict[str, Any]) -> None:
-    plot = script("plot")
-    assert plot.table(results) in README.read_text(encoding="utf-8"), "run `python benchmarks/plot.py`"
-    assert plot.fingerprint(results) in plot.PICTURE.read_text(encoding="utf-8"), "run `python benchmarks/plot.py`"
-
-
-def test_the_results_are_of_one_whole_run_on_what_the_repository_holds(results: dict[str, Any]) -> None:
-    quality = script("quality")
-    assert (ROOT / results["model"] / "config.json").exists()
-    sources = results["protocol"]["calibration"] + results["protocol"]["evaluate"]
-    assert sources == ["python-docs:calibration", "python-docs:heldout"]
-    found = [(row["keep"], row["method"]) for row in results["rows"]]
-    assert found == [(keep, method) for keep in (0.75, 0.6, 0.5) for method in quality.TITLES]
-    assert all("impossible" in row or row["share"] <= row["keep"] for row in results["rows"])
-
-
-def test_kl_is_what_the_page_says_of_err_h(results: dict[str, Any]) -> None:
-    ours = [row for row in results["rows"] if row["method"] in script("quality").METHODS]
-    assert all(1 <= row["kl"] / row["err_h"] <= 3.5 for row in ours if "kl" in row)
-
-
 def test_every_benchmark_is_described() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"`{path.name}`" not in text] == []
-
-
-@pytest.mark.slow
-def test_the_results_are_those_of_the_code(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["quality.py"])
-    quality = script("quality")
-    study = quality.Study(quality.parsed())
-    if study.text != results["protocol"]["text_sha256"]:
-        pytest.skip("this Python carries another help text than the one measured on")
-    for method in ("paper", "quality"):
-        [row] = [row for row in results["rows"] if (row["method"], row["keep"]) == (method, 0.6)]
-        assert study.cell(method, 0.6)["kl"] == pytest.approx(row["kl"], rel=0.05), "run `python benchmarks/quality.py`"
 
 
 @pages

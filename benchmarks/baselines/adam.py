@@ -16,7 +16,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from molae_compress.errors import ModelError
@@ -34,9 +33,8 @@ class Shape(Protocol):
 
 
 S = TypeVar("S", bound=Shape)
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "silu": functional.silu}
 WARM_UP = 0.05
-PROBE = 0.15  # of the steps: how long each candidate shape is tried
+PROBE, PROBE_STEPS = 0.15, 90  # how long each candidate shape is tried: of the steps, and at most
 RIDGE = 1e-6
 
 
@@ -133,7 +131,7 @@ def compressed(
     w_NEPD = stacked(layers, names)
     std_N111 = w_NEPD.std((1, 2, 3), keepdim=True)
     w_NEPD = w_NEPD / std_N111
-    probe = round(PROBE * setting.steps)
+    probe = min(PROBE_STEPS, round(PROBE * setting.steps))
     shape = best(shapes, w_NEPD, lambda shape, w: fitted(w, shape, setting, probe)[0])
     unstacked(layers, names, fitted(w_NEPD, shape, setting, setting.steps)[1] * std_N111)
     for layer in layers:

@@ -2,8 +2,8 @@
 
 A_i [P,R] per expert, M bases B_j [R,D] per layer and projection, data-free. The paper factors gate and up, and leaves the
 second projection dense; `mobe_even` splits the budget evenly over all three, which others found better.
-Setting: f = tanh; bases start from the SVD of groups of experts by index, alpha at the expert's own group; Adam. The
-paper has R = P, which small budgets do not hold; R and M are those of the least error in short fits.
+Setting: f = tanh (SiLU came out no better); bases start from the SVD of groups of experts by index, alpha at the expert's
+own group; Adam. The paper has R = P, which small budgets do not hold; R and M are those of the least error in short fits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adam import ACTIVATIONS, Parameters, compressed, descend, error, group_bases, stacked
+from .adam import Parameters, compressed, descend, error, group_bases, stacked
 from .common import Layer, Setting, budget, opened
 
 RATE, SCALE, OWN = 0.07, 0.5, 3.0
-F = ACTIVATIONS["tanh"]
+F = torch.tanh
 
 
 class Shape(NamedTuple):

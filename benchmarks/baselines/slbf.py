@@ -2,8 +2,8 @@
 
 A_i [P,R] per expert; M bases of rank K per layer and projection, U_j [R,K], V_j [K,D], mixed without a softmax; all three
 projections, data-free. Bases are stored gauge-fixed: K columns of V_j are the identity, so that one takes K (R + D - K)
-numbers and K indices. Setting: f = tanh, factors start at matrix signs (orthonormal), weights at the expert's own group,
-AdamW; R, M and K are those of the least error in short fits.
+numbers and K indices. Setting: f = tanh (SiLU came out no better), factors start at matrix signs (orthonormal), weights at
+the expert's own group, AdamW; R, M and K are those of the least error in short fits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from molae_compress.solver.basis import interpolated, interpolative
 
-from .adam import ACTIVATIONS, Parameters, compressed, descend, error, group_bases, stacked
+from .adam import Parameters, compressed, descend, error, group_bases, stacked
 from .common import Setting, budget, opened
 
 RATE, DECAY, SCALE = 0.05, 1e-4, 1.0
-F = ACTIVATIONS["tanh"]
+F = torch.tanh
 NAMES = ("gate", "up", "down")
 
 
