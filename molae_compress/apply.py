@@ -20,7 +20,7 @@ from torch import Tensor
 
 from molae_compress.adapters.skeleton import code_fingerprint
 from molae_compress.adapters.unknown import routed_experts_among
-from molae_compress.artifact import check_names, is_artifact, replaced_keys, write_companions, write_weights
+from molae_compress.artifact import check_names, is_artifact, replaced_keys, router_keys, write_companions, write_weights
 from molae_compress.budget import Shapes
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.checkpoint import (
@@ -42,6 +42,8 @@ from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
 from molae_compress.recipe.sections import Calibration, Evaluate
 from molae_compress.report import Report, file_hashes, model_card
+from molae_compress.routers import STAGE as ROUTERS
+from molae_compress.routers import Trained, check_windows, heal_routers, routers_of, trainable_routers
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
@@ -104,11 +106,12 @@ def run(
     job.run.progress = progress or silent
     expected = job.checked()
     if not fresh and is_artifact(out):
-        report = _finished(out, recipe, job.stage_inputs()[SOLVE])
+        report = _finished(out, recipe, job.stage_inputs()[ROUTERS])
         _check_gate(recipe, report)
         return report
     _check_room(out, path, job.plan(expected, measured=False))
     check_called_singly(job.source, expected)
+    routers = job.routers()
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
@@ -117,6 +120,9 @@ def run(
             replaced_keys(job.source, shapes)  # measured ranks may have left another set of modules dense
         with job.timed("solve"):
             job.run.solve_layers(shapes)
+        if routers:
+            with job.timed("routers"):
+                job.trained = heal_routers(job.run, shapes, routers)
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk
         # and named after that directory, whose lock so covers it
         staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
@@ -125,6 +131,7 @@ def run(
             work.remove()
         else:
             work.discard(SOLVE)
+            work.discard(ROUTERS)
     _check_gate(recipe, report)
     return report
 
@@ -157,6 +164,7 @@ class _Job:
     data_sha256: str = ""
     resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
+    trained: Trained | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, device: str, max_memory: int | None, trust_remote_code: bool) -> _Job:
@@ -215,6 +223,14 @@ class _Job:
         check_tokens(windows_NL, self.source.vocabulary)
         return windows_NL
 
+    def routers(self) -> tuple[str, ...]:
+        """Parameters that the recipe trains, which all can be trained and written back; none without such a recipe."""
+        if not self.recipe.heal.router_steps:
+            return ()
+        check_windows(self.run)
+        router_keys(self.source, routers_of(self.source, self.run.specs))
+        return trainable_routers(self.source, self.run.specs)
+
     def copied_bytes(self) -> int:
         """Bytes of the checkpoint that no experts module of the recipe replaces."""
         replaced = {key for spec in self.run.specs for key in self.source.expert_keys(spec)}
@@ -242,12 +258,14 @@ class _Job:
         }
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
         keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
-        observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "output"))}
+        observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "heal", "output"))}
         observed |= {"refit.shrinkage": keys["refit.shrinkage"]}
+        solved = {key: value for key, value in keys.items() if key != "heal.router_steps"}
         return {
             OBSERVE: base | observed,
-            SOLVE: base | keys,
-            HIDDEN: base | (keys if self.recipe.refit.sequential else observed),
+            SOLVE: base | solved,
+            ROUTERS: base | keys,
+            HIDDEN: base | (solved if self.recipe.refit.sequential else observed),
         }
 
     @contextmanager
@@ -264,7 +282,8 @@ class _Job:
             staging.mkdir(parents=True)
         with self.timed("write"):
             self.run.progress("write", 0, 1)
-            shards = write_weights(staging, self.source, shapes, self.run.work, SOLVE, self.recipe)
+            routers = self.trained.tensors if self.trained is not None else None
+            shards = write_weights(staging, self.source, shapes, self.run.work, SOLVE, self.recipe, routers)
             planned = self.plan(shapes, measured=True).artifact_bytes
             assert shards.total_size == planned, (shards.total_size, planned)
             write_companions(staging, self.source, shapes, self.recipe)
@@ -283,8 +302,9 @@ class _Job:
             unknown=self.source.keys.unknown,
             unknown_experts=routed_experts_among(self.source.keys.unknown, self.source.all_expert_keys()),
             resumed=self.resumed,
+            routers=self.trained,
         )
-        report = replace(report, inputs=self.stage_inputs()[SOLVE])
+        report = replace(report, inputs=self.stage_inputs()[ROUTERS])
         base_card = self.source.folder / "README.md"
         base_text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.exists() else None
         write_file(staging / "README.md", model_card(report, base_text).encode())

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from molae_compress.adapters.keys import KeyMap
 from molae_compress.budget import Shapes
@@ -81,16 +84,46 @@ def replaced_keys(source: DiskSource, shapes: Shapes) -> dict[str, list[str]]:
     return replaced
 
 
+def router_keys(source: DiskSource, names: Iterable[str]) -> dict[str, str]:
+    """The key of the checkpoint that holds each of some parameters, as it is and nothing else.
+
+    Raises:
+        ModelError: there is none of a parameter.
+    """
+    makers = Counter(key for keys in source.keys.targets.values() for key in keys)
+    found: dict[str, str] = {}
+    for name in names:
+        keys = source.keys.targets[name]
+        whole = source.checkpoint.entries[keys[0]].shape == tuple(source.model.get_parameter(name).shape)
+        if len(keys) > 1 or makers[keys[0]] > 1 or not whole:
+            raise ModelError(
+                f"The router '{name}' cannot be written back.",
+                why=f"The checkpoint does not hold it as one tensor of its own, but in '{keys[0]}'.",
+                remedy="Leave `heal.router_steps` out of the recipe.",
+            )
+        found[name] = keys[0]
+    return found
+
+
 def write_weights(
-    folder: Path, source: DiskSource, shapes: Shapes, work: WorkDirectory, stage: str, recipe: Recipe
+    folder: Path,
+    source: DiskSource,
+    shapes: Shapes,
+    work: WorkDirectory,
+    stage: str,
+    recipe: Recipe,
+    routers: Mapping[str, Tensor] | None = None,
 ) -> WrittenShards:
-    """Shards of the artifact: latent tensors from the work directory, everything else from the source checkpoint."""
+    """Shards of the artifact: latent tensors from the work directory, trained `routers`, else from the checkpoint."""
     replaced = replaced_keys(source, shapes)
+    trained = {key: (routers or {})[name] for name, key in router_keys(source, routers or ()).items()}
     tensors: list[TensorSource] = []
     written: set[str] = set()
-    copied = [key for key in source.checkpoint.entries if key not in replaced]
+    copied = [key for key in source.checkpoint.entries if key not in replaced and key not in trained]
     for key in source.checkpoint.entries:
-        if key not in replaced:
+        if key in trained:
+            tensors.append(TensorSource.of(key, trained[key]))
+        elif key not in replaced:
             tensors.append(TensorSource.copied(source.checkpoint, key))
         for module in replaced.get(key, ()):
             if module in written:
@@ -100,7 +133,7 @@ def write_weights(
             tensors += [
                 TensorSource.stored(stored, name, source.keys.stored_name(f"{module}.{name}")) for name in stored.entries
             ]
-    assert_accounted(source.checkpoint.entries, replaced, copied)
+    assert_accounted(source.checkpoint.entries, [*replaced, *trained], copied)
     return write_shards(folder, tensors, max_shard_size=recipe.output.max_shard_size)
 
 

@@ -23,6 +23,7 @@ from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
 from molae_compress.ranks import template
 from molae_compress.recipe import Recipe
+from molae_compress.solver.distill import distil
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
@@ -78,12 +79,14 @@ class Solved:
         error: measured on held-out calibration tokens; None if there are none.
         tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
         seconds: time of the fit.
+        unhealed: the error of the closed form, where training followed it.
     """
 
     tensors: dict[str, Tensor]
     error: LayerError | None
     tokens_per_expert: list[int]
     seconds: float
+    unhealed: LayerError | None = None
 
 
 @dataclass(frozen=True)
@@ -205,11 +208,15 @@ class Run:
             spec = turn.spec
             started, shape = time.monotonic(), latent[spec.name]
             tensors = solve_layer(turn.dense, turn.population, shape, self.fit, self.dtype(spec))
-            measured = turn.effect is not None and turn.held_out is not None
-            error = turn.effect.error(tensors, shape) if turn.effect is not None and measured else None
+            effect = turn.effect if turn.held_out is not None else None
+            unhealed = None
+            if self.recipe.heal.block_steps and isinstance(turn.population, Calibrated):
+                unhealed = effect.error(tensors, shape) if effect is not None else None
+                tensors = distil(turn.dense, turn.population, shape, tensors, self.recipe.heal.block_steps).tensors
+            error = effect.error(tensors, shape) if effect is not None else None
             counts = _routed(turn.population, turn.held_out) if self.windows_NL is not None else []
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-            self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started))
+            self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started, unhealed))
             done.add(spec.name)
             self.progress(SOLVE, len(done), len(latent))
 
@@ -221,8 +228,8 @@ class Run:
         if self.work is None:
             return self.finished[spec.name]
         stored, info = self.work.load(SOLVE, spec.name)
-        error = LayerError(**info["error"]) if info["error"] is not None else None
-        return Solved(stored if tensors else {}, error, info["tokens_per_expert"], info["seconds"])
+        error, unhealed = (LayerError(**info[key]) if info[key] is not None else None for key in ("error", "unhealed"))
+        return Solved(stored if tensors else {}, error, info["tokens_per_expert"], info["seconds"], unhealed)
 
     def _finish(self, spec: ExpertsSpec, solved: Solved) -> None:
         if self.work is None:
@@ -232,6 +239,7 @@ class Run:
             "error": vars(solved.error) if solved.error is not None else None,
             "tokens_per_expert": solved.tokens_per_expert,
             "seconds": solved.seconds,
+            "unhealed": vars(solved.unhealed) if solved.unhealed is not None else None,
         }
         self.work.commit(SOLVE, spec.name, solved.tensors, info)
 
@@ -321,6 +329,12 @@ class Run:
                 # of a single window, what is fitted on can still tell what the layer makes of errors
                 effect = Effect(self.source, held_out, spec, dense, population if measuring is None else measuring)
             visit(Turn(spec, dense[spec.name], population, measuring, effect))
+
+    @property
+    def fitted_NL(self) -> Tensor:
+        """The windows that are fitted on, all of a single one."""
+        assert self.windows_NL is not None
+        return self.windows_NL[: -self._windows_held_out] if len(self.windows_NL) > 1 else self.windows_NL
 
     @property
     def _windows_held_out(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from molae_compress.modeling.quantizer import attach_, check_attachable
 from molae_compress.proof import check_called_singly
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
+from molae_compress.routers import check_windows, heal_routers, trainable_routers
 from molae_compress.source import LiveSource, check_tokens, load_tokenizer
 from molae_compress.summary import summarise
 
@@ -65,17 +67,26 @@ def compress_(
     model.eval()
     try:
         check_called_singly(source, run.expected_shapes())
+        if recipe.heal.router_steps:
+            check_windows(run)
+        trainable = trainable_routers(source, run.specs) if recipe.heal.router_steps else ()
         shapes = run.shapes()
         keys = KeyMap(model, ())
         check_names(keys, run.specs, shapes)
         check_together({spec.name: keys.collected(weight_names(model, spec.name)) for spec in source.specs}, shapes)
         run.solve_layers(shapes)
+        trained = heal_routers(run, shapes, trainable) if trainable else None
     finally:
         model.train(was_training)
     timings = {"total": time.monotonic() - started}
-    report = summarise(run, shapes, model=model.name_or_path or None, timings=timings, data_sha256=data_sha256)
+    report = summarise(
+        run, shapes, model=model.name_or_path or None, timings=timings, data_sha256=data_sha256, routers=trained
+    )
     solved = {name: shape for name, shape in shapes.items() if shape is not None}
     attach_(model, {name: (shape, run.finished[name].tensors) for name, shape in solved.items()})
+    with torch.no_grad():
+        for name, tensor in (trained.tensors if trained is not None else {}).items():
+            model.get_parameter(name).copy_(tensor)
     return report
 
 

@@ -14,6 +14,7 @@ from molae_compress.evaluation import Evaluation
 from molae_compress.layouts import LAYER_NUMBER, weight_names
 from molae_compress.planning import Plan, make_plan
 from molae_compress.report import CalibrationReport, LayerReport, Report, installed_versions, warnings_for
+from molae_compress.routers import Trained
 
 
 def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> Plan:
@@ -63,6 +64,7 @@ def summarise(
     unknown: Collection[str] = (),
     unknown_experts: Collection[str] = (),
     resumed: int = 0,
+    routers: Trained | None = None,
 ) -> Report:
     """The report of a finished run.
 
@@ -77,6 +79,7 @@ def summarise(
         unknown: its tensors that the model class does not know.
         unknown_experts: those of them that are weights of routed experts.
         resumed: items that an earlier, interrupted run had finished.
+        routers: as they were trained.
     """
     recipe, plan = run.recipe, plan_of(run, shapes, model=model, measured=True)
     source: dict[str, Any] = {"fingerprint": source_fingerprint, "bytes": plan.source_bytes}
@@ -117,6 +120,9 @@ def summarise(
         files={},
         source=source,
         artifact={"bytes": plan.artifact_bytes},
+        routers=None
+        if routers is None
+        else {"kl_before": routers.before, "kl_after": routers.after, "changed": sorted(routers.tensors)},
     )
 
 
@@ -137,6 +143,7 @@ def _layer_reports(run: Run, shapes: Shapes) -> tuple[LayerReport, ...]:
                 tokens_measured=solved.error.tokens if solved.error else 0,
                 tokens_per_expert=tuple(solved.tokens_per_expert),
                 seconds=round(solved.seconds, 3),
+                err_h_unhealed=solved.unhealed.err_h if solved.unhealed else None,
             )
         )
     return tuple(reports)

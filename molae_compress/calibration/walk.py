@@ -259,7 +259,7 @@ def pass_through(
     """
     needed: set[Slot] | None = None
     for ids_BL, passed in batches:
-        with _in_place(module, experts):
+        with in_place(module, experts):
             given = arguments.call(module, ids_BL, passed)
         energy_T = torch.zeros(0) if given is None else _energy(given, ids_BL.numel())
         if not advance:
@@ -277,14 +277,14 @@ def hidden_after(
 
     Args and raises: as `pass_through`; the model calls the layer.
     """
-    with _in_place(module, experts):
+    with in_place(module, experts):
         given = arguments.call(module, ids_BL, passed)
     assert given is not None
     return _hidden(given, ids_BL.numel())
 
 
 @contextmanager
-def _in_place(module: nn.Module, experts: Mapping[str, nn.Module]) -> Iterator[None]:
+def in_place(module: nn.Module, experts: Mapping[str, nn.Module]) -> Iterator[None]:
     """The layer with stand-ins for its experts."""
     originals = {path: module.get_submodule(path) for path in experts}
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ Shape suffixes: see `molae_compress.tensors`; N rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from typing import Any, cast
 
@@ -202,6 +202,31 @@ def router_beside(parent: nn.Module, leaf: str, choices: int, *, named: bool = F
             return True
     own = parent.named_parameters(recurse=False)
     return any(p.dim() == 2 and choices in p.shape and (not named or _ROUTER_NAME.search(name)) for name, p in own)
+
+
+def router_parameters(parent: nn.Module, leaf: str, choices: int, weights: Collection[str] = ()) -> tuple[str, ...]:
+    """Paths in `parent` of the parameters that make one logit for each of `choices` experts of its child `leaf`.
+
+    They are those of a linear layer with as many outputs, or of a module (or bare ones) named after gates or routers; a
+    matrix says which it is by its size, and a vector of that size beside it is its bias.
+
+    Args:
+        parent: the module that holds the experts.
+        leaf: name of the experts in it.
+        choices: experts.
+        weights: paths in `parent` of the experts' weights.
+    """
+    found: list[str] = []
+    for path, module in parent.named_modules():
+        own = {f"{path}.{name}" if path else name: p for name, p in module.named_parameters(recurse=False)}
+        own = {name: p for name, p in own.items() if name not in weights and choices in p.shape and p.dim() <= 2}
+        linear = isinstance(module, nn.Linear) and module.out_features == choices
+        spoken = any(_ROUTER_NAME.search(part) for part in path.split(".")) or _ROUTER_CLASS.search(type(module).__name__)
+        if not (linear or spoken):
+            own = {name: p for name, p in own.items() if _ROUTER_NAME.search(name.rpartition(".")[2])}
+        if any(p.dim() == 2 for p in own.values()):
+            found += own
+    return tuple(found)
 
 
 def _widths(router: nn.Module) -> set[int]:

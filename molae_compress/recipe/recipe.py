@@ -22,6 +22,7 @@ from molae_compress.recipe.sections import (
     Calibration,
     Evaluate,
     Gate,
+    Heal,
     Names,
     Output,
     Refit,
@@ -60,6 +61,7 @@ class Recipe(Section):
     basis: Basis = Basis()
     budget: Budget = Budget()
     refit: Refit = Refit()
+    heal: Heal = Heal()
     ignore: Names = Field(
         default=(),
         description="Experts modules that stay dense: names such as `model.layers.0.mlp.experts`, or `re:` and a "
@@ -140,6 +142,14 @@ class Recipe(Section):
                 "`refit.sequential: true` needs calibration text, and the recipe has no `calibration`.",
                 remedy="Add `calibration`, or remove `refit.sequential`.",
             )
+        for key, steps in self.heal.model_dump().items():
+            if steps and self.method == "paper":
+                raise exclusive("method: paper", f"heal.{key}: {steps}", "The published procedure trains nothing.")
+            if steps and self.calibration is None:
+                raise RecipeError(
+                    f"`heal.{key}: {steps}` needs calibration text, and the recipe has no `calibration`.",
+                    remedy=f"Add `calibration`, or remove `heal.{key}`.",
+                )
         for key, limit in self.gate.model_dump(exclude_none=True).items():
             if self.evaluate is None:
                 raise RecipeError(

@@ -43,6 +43,7 @@ Size = Annotated[
 Sources = Annotated[tuple[str, ...], BeforeValidator(_sources), WithJsonSchema(_SOURCES_SCHEMA)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_entries)]
 Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -208,6 +209,22 @@ class Refit(Section):
     )
 
 
+class Heal(Section):
+    """What is trained once the closed form stands, on the calibration text alone; off unless steps are given."""
+
+    place = "heal"
+    block_steps: Steps = Field(
+        default=0,
+        description="Steps of training for each experts module, towards the routed output of the dense one: 200 is a good "
+        "number, 0 is none. Batches, rates and what is kept are chosen automatically.",
+    )
+    router_steps: Steps = Field(
+        default=0,
+        description="Steps of training for the routers of the whole compressed model, towards the predictions of the "
+        "original; 0 is none. It costs two readings of the model a step and gives far less than `block_steps`.",
+    )
+
+
 class Evaluate(Section):
     """Text on which the original and the result are compared. Without this section nothing is compared."""
 
@@ -245,5 +262,5 @@ class Output(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    section.place: section for section in (Calibration, Basis, Budget, Refit, Evaluate, Gate, Output)
+    section.place: section for section in (Calibration, Basis, Budget, Refit, Heal, Evaluate, Gate, Output)
 }

@@ -47,7 +47,7 @@ _LIMITS = """\
 
 - It is an approximation of the original model and inherits its limits and biases. Test it on your own task first.
 - Its distance to the original differs from text to text; calibrated models are closest on text like the calibration text.
-- Only routed experts were changed. Routers, shared experts, attention and embeddings are the original's, {exactness}."""
+- Only {changed} were changed. {kept} experts, attention and embeddings are the original's, {exactness}."""
 
 
 def model_card(report: Report, base_readme: str | None) -> str:
@@ -176,9 +176,10 @@ def _warnings(report: Report) -> str:
 
 def _limits(report: Report) -> str:
     method = report.source.get("quantization")
-    if method is None:
-        return _LIMITS.format(exactness="bit for bit")
-    return _LIMITS.format(exactness=f"dequantised from {method} to bfloat16 where they are quantised there")
+    exactness = f"dequantised from {method} to bfloat16 where they are quantised there" if method else "bit for bit"
+    trained = report.routers is not None and bool(report.routers["changed"])
+    changed, kept = ("routed experts and routers", "Shared") if trained else ("routed experts", "Routers, shared")
+    return _LIMITS.format(changed=changed, kept=kept, exactness=exactness)
 
 
 def _layer_table(report: Report) -> str:

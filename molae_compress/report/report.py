@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +39,7 @@ class LayerReport:
         tokens_measured: tokens that the two errors were measured on.
         tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
         seconds: time of the fit.
+        err_h_unhealed: err_h of the closed form, where training followed it and it was measured.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerReport:
     tokens_measured: int = 0
     tokens_per_expert: tuple[int, ...] = ()
     seconds: float = 0.0
+    err_h_unhealed: float | None = None
 
     @property
     def unseen_experts(self) -> int:
@@ -93,6 +95,8 @@ class Report:
         source: `fingerprint` and `bytes` of the source checkpoint; if it is quantised, `bytes` are those after dequantising,
             and `quantization` and `stored_bytes` say how and in how many its files hold the tensors.
         artifact: `bytes` of the tensors of the result.
+        routers: None unless they were trained; else `kl_before` and `kl_after`, on calibration windows that they were not
+            trained on, and `changed`, the names of their tensors: none if the original ones stayed the best.
     """
 
     model: str | None
@@ -110,6 +114,7 @@ class Report:
     files: dict[str, str]
     source: dict[str, Any]
     artifact: dict[str, Any]
+    routers: dict[str, Any] | None = None
 
     @property
     def err_h(self) -> float | None:
@@ -136,7 +141,9 @@ class Report:
                 remedy="Install the version that wrote it; config.json names it.",
             )
         try:
-            values = {field.name: content[field.name] for field in fields(cls)}
+            values = {
+                field.name: content[field.name] for field in fields(cls) if field.name in content or field.default is MISSING
+            }
             for name in ("recipe", "plan", "versions", "timings", "inputs", "files", "source", "artifact"):
                 if not isinstance(values[name], Mapping):
                     raise TypeError(f"`{name}` is {json.dumps(values[name])}, not a mapping")
