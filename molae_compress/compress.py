@@ -141,7 +141,7 @@ class Run:
     def fit(self) -> Fit:
         """The solver's options."""
         basis, refit = self.recipe.basis, self.recipe.refit
-        return Fit(metric=basis.metric, output=basis.output, cores=refit.cores, down=refit.down)
+        return Fit(metric=basis.metric, output=basis.output, cores=refit.cores, down=refit.down, newton=refit.newton)
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         """Type of a module's latent tensors."""

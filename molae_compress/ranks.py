@@ -108,6 +108,16 @@ def _sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> 
     return sides[0], sides[1], sides[2]
 
 
+def _index_sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> tuple[int, int]:
+    """Stored size of the column indices of either side at the ranks that hold any weights."""
+    sizes = [0, 0]
+    for name, size in ranked(shape, *full_ranks(spec, shape)).tensors(spec).items():
+        if name.endswith(".pivots"):
+            each = 1 if dtype is None else PIVOT_DTYPE.itemsize
+            sizes[name.startswith("decode.")] += torch.Size(size).numel() * each
+    return sizes[0], sizes[1]
+
+
 @dataclass(frozen=True)
 class Side:
     """One projection (both of them in layer form) while its rank is being chosen.
@@ -116,11 +126,13 @@ class Side:
         ranks: to choose from, ascending.
         costs: of each of them, in numbers or in bytes.
         dense: what it costs uncompressed.
+        slack: what the highest rank may cost beyond that.
     """
 
     ranks: tuple[int, ...]
     costs: tuple[int, ...]
     dense: int
+    slack: int = 0
 
     def at_share(self, share: float) -> tuple[int, int] | None:
         """Highest rank within a share of the dense cost, and its cost; None if the lowest costs more already."""
@@ -128,8 +140,13 @@ class Side:
         return affordable[-1] if affordable else None
 
     def curve(self, errors: Sequence[float]) -> Curve:
-        """The ranks that cost less than the dense projection, and the first of them in any case."""
+        """The ranks that cost less than the dense projection, and the first of them in any case.
+
+        The last may cost as much as that and its column indices: it holds any weights, so a projection that is worth its
+        whole size keeps it.
+        """
         count = max(1, sum(cost < self.dense for cost in self.costs))
+        count += count + 1 == len(self.costs) and self.costs[-1] <= self.dense + self.slack
         return Curve(self.ranks[:count], self.costs[:count], tuple(errors[:count]))
 
 
@@ -180,9 +197,10 @@ class Module:
         if shape.form == "layer":
             both = Side(tuple(ranks_in), tuple(sum(costs[rank][:2]) for rank in ranks_in), first + second)
             return cls(spec, shape, dtype, fixed, (both,))
-        sides = [Side(tuple(ranks_in), tuple(costs[rank][0] for rank in ranks_in), first)]
+        indices = _index_sizes(spec, shape, dtype)
+        sides = [Side(tuple(ranks_in), tuple(costs[rank][0] for rank in ranks_in), first, indices[0])]
         if shape.rank_out is not None:
-            sides.append(Side(tuple(ranks_out), tuple(costs[rank][1] for rank in ranks_out), second))
+            sides.append(Side(tuple(ranks_out), tuple(costs[rank][1] for rank in ranks_out), second, indices[1]))
         return cls(spec, shape, dtype, fixed, tuple(sides))
 
 

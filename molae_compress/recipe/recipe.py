@@ -39,7 +39,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "storage": "orthonormal",
     },
     "budget": {"allocate": "uniform"},
-    "refit": {"cores": False, "down": False, "sequential": False},
+    "refit": {"cores": False, "down": False, "newton": 0, "sequential": False},
 }
 
 

@@ -197,6 +197,12 @@ class Refit(Section):
     down: bool = Field(
         default=True, description="Refit the down projection on what the compressed first projection really delivers."
     )
+    newton: int = Field(
+        default=5,
+        ge=0,
+        description="Conjugate gradients of the Gauss-Newton step that refines bases and cores of the input side against "
+        "the activation as it is. Each costs a pass over the calibration tokens. 0: the closed form alone.",
+    )
     shrinkage: float = Field(
         default=2.0,
         ge=0,

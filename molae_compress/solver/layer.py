@@ -18,6 +18,7 @@ from torch import Tensor
 
 from molae_compress.solver.basis import Spectrum, Stack
 from molae_compress.solver.moments import cholesky, cross, ridged
+from molae_compress.solver.newton import InputSide, refined, sloped
 from molae_compress.solver.packing import Packed, branch_rows
 from molae_compress.solver.population import Calibrated, Population
 from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
@@ -36,7 +37,9 @@ class Fit:
             experts that share it (needs calibration; without it the same as `expert`).
         cores: refit each expert's input cores on its own moments (phase 2), else on those of its group.
         down: refit the second projection on the compressed intermediates.
-        ridge_in, ridge_out: share of the identity in input and intermediate moments.
+        newton: conjugate gradients of the step that refines the input side (`newton.refined`); 0 keeps the closed form.
+        ridge_in: share of the identity in input moments, for inputs whose spectrum is flat (`Population.flatness`).
+        ridge_out: the same in moments of intermediates, as it is.
         ridge_metric: the same for the output metric.
     """
 
@@ -44,6 +47,7 @@ class Fit:
     output: Literal["expert", "combined"] = "expert"
     cores: bool = True
     down: bool = True
+    newton: int = 0
     ridge_in: float = 0.3
     ridge_out: float = 0.01
     ridge_metric: float = 0.001
@@ -170,10 +174,7 @@ def _slopes(dense: DenseExperts, expert: int, x_NH: Tensor) -> Tensor:
     h_NJ = x_NH @ dense.w_in_EJH[expert].to(x_NH.dtype).T
     if dense.bias_in_EJ is not None:
         h_NJ += dense.bias_in_EJ[expert].to(x_NH.dtype)
-    with torch.enable_grad():
-        # every row of the first projection feeds one channel, so the gradient of the sum is each row's own slope
-        (slope_NJ,) = torch.autograd.grad(dense.activate(h_NJ.requires_grad_()).sum(), h_NJ)
-    return slope_NJ
+    return sloped(dense, h_NJ)[1]
 
 
 def _input_spectra(
@@ -221,16 +222,30 @@ def _fit_input(
     """Bases of one input group, then the cores of its experts; `layer_HH` is the layer's covariance."""
     shape, work = packed.shape, _work(dense)
     spectra, group_HH = _input_spectra(dense, population, group, shape, fit, shape.rank_in)
-    branches = zip(shape.branches(), branch_rows(dense.spec, shape, layer_HH.device), spectra, strict=True)
-    for (stem, core), rows, spectrum in branches:
+    branches, rows = shape.branches(), branch_rows(dense.spec, shape, layer_HH.device)
+    bases: list[Tensor] = []
+    cores: list[list[Tensor]] = [[] for _ in branches]
+    for branch, spectrum in enumerate(spectra):
         assert spectrum.vectors_HR is not None
-        b_RH = packed.set_basis(stem, number, spectrum.vectors_HR.T).to(work)
+        b_RH = packed.set_basis(branches[branch][0], number, spectrum.vectors_HR.T).to(work)
         inverse_HR = right_inverse(b_RH)
         prior_HR = (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T
         for expert in group:
-            w_XH = dense.w_in_EJH[expert].to(work)[rows]
+            w_XH = dense.w_in_EJH[expert].to(work)[rows[branch]]
             cb_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
-            packed.core(core, expert).copy_(refit_core(w_XH, b_RH, inverse_HR, cb_HR))
+            cores[branch].append(refit_core(w_XH, b_RH, inverse_HR, cb_HR))
+        bases.append(b_RH)
+    if fit.newton:
+        closed = InputSide(bases, cores)
+        found = refined(dense, population, group, rows, closed, group_HH, fit.ridge_in * population.flatness, fit.newton)
+        if found is not closed:
+            for branch, (stem, _) in enumerate(branches):
+                b_RH = packed.set_basis(stem, number, found.bases[branch]).to(work)
+                back_RR = found.bases[branch] @ right_inverse(b_RH)
+                cores[branch] = [a_XR @ back_RR for a_XR in found.cores[branch]]
+    for branch, (_, core) in enumerate(branches):
+        for expert, a_XR in zip(group, cores[branch], strict=True):
+            packed.core(core, expert).copy_(a_XR)
 
 
 def _second(

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from molae_compress.solver.moments import Moments, cross, ridged, trust
+from molae_compress.solver.moments import Moments, cholesky, cross, ridged, trust
 
 Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
@@ -30,16 +30,24 @@ class Population(Protocol):
     def weight(self, expert: int) -> float:
         """Importance of the expert's output error in its layer's, per token."""
 
+    @property
+    def flatness(self) -> float:
+        """How even the spectrum of the layer's inputs is, up to 1: what a share of the identity is multiplied by."""
+
     def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
-        """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity."""
+        """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity.
+
+        The share of the identity is `ridge` times `flatness`.
+        """
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
-        """[H,R]: C B^T for the expert's own input covariance C, shrunk towards `prior_HR` = the layer's C B^T."""
+        """[H,R]: C B^T for the expert's own input covariance C, shrunk as there, towards `prior_HR` = the layer's C B^T."""
 
-    def sample(self, expert: int, size: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+    def sample(self, expert: int, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]] | None:
         """Rows [N,H] and weights [N] that stand for the expert's inputs when `size` features are estimated.
 
         They come in parts of at most `ROWS` rows, all weights together of sum 1; None if nothing is known of any input.
+        Of an expert's own rows at most `most` are taken, evenly spaced.
         """
 
 
@@ -51,6 +59,10 @@ class Uninformed:
     hidden: int
     device: torch.device | str = "cpu"
 
+    @property
+    def flatness(self) -> float:
+        return 1.0
+
     def weight(self, expert: int) -> float:
         return 1.0 / self.num_experts
 
@@ -60,7 +72,7 @@ class Uninformed:
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         return prior_HR
 
-    def sample(self, expert: int, size: int) -> None:
+    def sample(self, expert: int, size: int, most: int | None = None) -> None:
         return None
 
 
@@ -175,7 +187,22 @@ class Calibrated:
         """
         return float(self._weights_E[expert])
 
+    @cached_property
+    def flatness(self) -> float:
+        """Geometric over arithmetic mean of the eigenvalues of the layer's input covariance.
+
+        What n routed tokens cannot tell from nothing, a share H / n of the mean, is added to each: the fewer, the flatter.
+        """
+        c_HH = self.layer_moments.mean()
+        level = float(c_HH.diagonal().mean())
+        if level <= 0:
+            return 1.0
+        noise = len(c_HH) / max(1, int(self.counts_E.sum()))
+        root_HH = cholesky(c_HH + noise * level * torch.eye(len(c_HH), dtype=c_HH.dtype, device=c_HH.device))
+        return min(1.0, float((2 * root_HH.diagonal().log().mean()).exp()) / level)
+
     def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
+        ridge = ridge * self.flatness
         if len(experts) == self.num_experts:
             return ridged(self.layer_moments.mean(), ridge)
         index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
@@ -188,6 +215,7 @@ class Calibrated:
         share = self._share(index_N, w_N, self.x_TH.shape[1])
         if share == 0.0:
             return prior_HR
+        ridge = ridge * self.flatness
         sum_HR, level = torch.zeros(b_RH.T.shape, dtype=torch.float64, device=b_RH.device), 0.0
         for rows_NH, p_N in self._parts(index_N, w_N / w_N.sum()):
             x_NH = rows_NH.to(b_RH.dtype)
@@ -199,9 +227,12 @@ class Calibrated:
     def _share(self, index_N: Tensor, w_N: Tensor, size: int) -> float:
         return trust(len(index_N), size, self.shrinkage) if float(w_N.sum()) > 0 else 0.0
 
-    def sample(self, expert: int, size: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+    def sample(self, expert: int, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]] | None:
         """See `Population`."""
         index_N, w_N = self.rows(expert)
+        if most is not None and len(index_N) > most:
+            few_N = torch.arange(most) * len(index_N) // most
+            index_N, w_N = index_N[few_N], w_N[few_N.to(w_N.device)]
         index_P, p_P = self._pool
         share = self._share(index_N, w_N, size)
         if share == 0.0:

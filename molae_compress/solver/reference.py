@@ -64,11 +64,21 @@ def covariance(samples: Calibrated, experts: Sequence[int], ridge: float) -> Ten
     x_TH = samples.x_TH.double()
     everything = slots_of(samples, range(samples.num_experts))
     c_HH = moments((x_TH[t] for t, _ in everything), (w for _, w in everything))
+    ridge = ridge * flatness(c_HH, len(everything))
     own = slots_of(samples, experts)
     if own and len(experts) < samples.num_experts:
         share = len(own) / (len(own) + samples.shrinkage * x_TH.shape[1])
         c_HH = share * moments((x_TH[t] for t, _ in own), (w for _, w in own)) + (1 - share) * c_HH
     return shrunk(c_HH, ridge)
+
+
+def flatness(c_HH: Tensor, count: int) -> float:
+    """Geometric over arithmetic mean of the eigenvalues, noise of H / n for n routed tokens added to each; at most 1."""
+    values_H = torch.linalg.eigvalsh(c_HH)
+    if values_H.mean() <= 0:
+        return 1.0
+    noisy_H = values_H + len(c_HH) / max(1, count) * values_H.mean()
+    return min(1.0, float(noisy_H.prod() ** (1 / len(c_HH)) / values_H.mean()))
 
 
 def sample(samples: Calibrated, expert: int, size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,270 @@
+"""Beyond the closed form on the input side: a Gauss-Newton step of a group's bases and cores together.
+
+The closed form weighs errors of the first projection as if slopes of the activation did not depend on the input. Here they
+do: for the experts e of a group, one step from the closed form towards the minimum of
+
+    sum_e w_e E_e |V_e (phi(A_e B x) - phi(W_e x))|^2  +  rho / (1 - rho) s sum_e w_e tr((A_e B - W_e)^T M_e (A_e B - W_e))
+
+phi is linear around A_e B x, the least-squares problem for the changes of B and of all A_e is solved by a few preconditioned
+conjugate gradients, and as much of the step is taken as lowers the objective. The second term says the same of inputs of
+which nothing is known (white, of mean square s), in the share rho that they have in the closed form too; M_e is the diagonal
+of the output metric. Outputs are never formed: |V d|^2 = d^T (V^T V) d.
+Shape suffixes: N rows of one sample, X rows of one input branch; the rest as in `molae_compress.tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molae_compress.solver.moments import cholesky
+from molae_compress.solver.population import Population
+from molae_compress.tensors import DenseExperts
+
+# An expert's tokens beyond this multiple of the sizes of its first projection hardly change the step (docs/method.md).
+_TOKENS = 16
+_SHARES = (1.0, 0.5, 0.25)  # of the step, tried in turn
+_DAMPING = 1e-3  # of what preconditions, as a share of its mean diagonal
+_TINY = 1e-300
+
+
+def sloped(dense: DenseExperts, h_NJ: Tensor) -> tuple[Tensor, Tensor]:
+    """What the activation makes of first projections, [N,I], and its slope [N,J] at each of their rows."""
+    with torch.enable_grad():
+        h_NJ = h_NJ.detach().requires_grad_()
+        z_NI = dense.activate(h_NJ)
+        # every row of the first projection feeds one channel, so the gradient of the sum is each row's own slope
+        (slope_NJ,) = torch.autograd.grad(z_NI.sum(), h_NJ)
+    return z_NI.detach(), slope_NJ
+
+
+@dataclass(frozen=True)
+class InputSide:
+    """Bases and cores of one group of experts, or a change of them, by branch.
+
+    Attributes:
+        bases: [R,H] of each branch.
+        cores: for each branch [X,R] of each expert.
+    """
+
+    bases: list[Tensor]
+    cores: list[list[Tensor]]
+
+    def parts(self) -> list[Tensor]:
+        """All tensors, always in the same order."""
+        return [*self.bases, *(core for each in self.cores for core in each)]
+
+    def zeros(self) -> InputSide:
+        """Zeros of the same shapes."""
+        return InputSide([torch.zeros_like(b) for b in self.bases], [[torch.zeros_like(a) for a in c] for c in self.cores])
+
+    def plus(self, change: InputSide, factor: float = 1.0) -> InputSide:
+        """The sum with a multiple of a change."""
+        added = [
+            [one.add(two, alpha=factor) for one, two in zip(*each, strict=True)]
+            for each in zip([self.bases, *self.cores], [change.bases, *change.cores], strict=True)
+        ]
+        return InputSide(added[0], added[1:])
+
+    def dot(self, other: InputSide) -> float:
+        """Inner product, summed in float64."""
+        products = ((one * two).sum(dtype=torch.float64) for one, two in zip(self.parts(), other.parts(), strict=True))
+        return float(sum(products, torch.zeros((), dtype=torch.float64, device=self.bases[0].device)))
+
+
+def refined(
+    dense: DenseExperts,
+    population: Population,
+    group: Sequence[int],
+    rows: Sequence[Tensor | slice],
+    closed: InputSide,
+    covariance_HH: Tensor,
+    ridge: float,
+    iterations: int,
+) -> InputSide:
+    """Bases and cores of one group after the step.
+
+    Args:
+        dense: weights, on the device of `population`.
+        population: what is known of the experts' inputs; where nothing is, the closed form is kept.
+        group: the experts.
+        rows: for each branch an index of the rows of the first projection that it makes.
+        closed: the closed form, in one dtype of float32 or wider.
+        covariance_HH: of the group's inputs, positive definite, float64.
+        ridge: rho, below 1.
+        iterations: of conjugate gradients; each sends the tokens of the group through its experts once and back.
+    """
+    if population.sample(group[0], dense.spec.rows) is None:
+        return closed
+    level = ridge / (1 - ridge) * float(covariance_HH.diagonal().mean())
+    problem = _Problem(dense, population, group, rows, level)
+    before, gradient, metric_EJ = problem.gradient(closed)
+    precondition = _Preconditioner(closed, metric_EJ, rows, covariance_HH)
+    step, left = closed.zeros(), closed.zeros().plus(gradient, -1.0)
+    direction = closer = precondition(left)
+    size = left.dot(closer)
+    for _ in range(iterations):
+        curved = problem.curvature(closed, metric_EJ, direction)
+        length = size / max(direction.dot(curved), _TINY)
+        step, left = step.plus(direction, length), left.plus(curved, -length)
+        closer = precondition(left)
+        size, previous = left.dot(closer), size
+        direction = closer.plus(direction, size / max(previous, _TINY))
+    for share in _SHARES:
+        there = closed.plus(step, share)
+        if problem.objective(there, metric_EJ) < before:
+            return there
+    return closed
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The objective of one group.
+
+    Attributes:
+        dense, population, group, rows: see `refined`.
+        level: factor of the second term.
+    """
+
+    dense: DenseExperts
+    population: Population
+    group: Sequence[int]
+    rows: Sequence[Tensor | slice]
+    level: float
+
+    def gradient(self, at: InputSide) -> tuple[float, InputSide, Tensor]:
+        """Value and half the gradient of the objective at a point, and the diagonal metrics [E,J] there."""
+        out, total, metrics = at.zeros(), 0.0, []
+        for place, expert in enumerate(self.group):
+            metric_II, square_J = self._metric(expert, at), at.bases[0].new_zeros(self.dense.spec.rows)
+            for x_NH, w_N1 in self._samples(expert, at):
+                latent = _latent(at, x_NH)
+                z_NI, slope_NJ = sloped(self.dense, self._first(at, place, latent))
+                error_NI = z_NI - self.dense.intermediate(expert, x_NH)
+                pull_NI = (error_NI @ metric_II) * w_N1
+                total += float((error_NI * pull_NI).sum(dtype=torch.float64))
+                square_J += (slope_NJ.square() * w_N1).sum(0)
+                self._add_back(out, at, place, slope_NJ * pull_NI[:, self._channel(at)], latent, x_NH)
+            metrics.append(metric_II.diagonal()[self._channel(at)] * square_J)
+            total += self._add_unknown(out, at, metrics[-1], place)
+        return total, out, torch.stack(metrics)
+
+    def curvature(self, at: InputSide, metric_EJ: Tensor, change: InputSide) -> InputSide:
+        """Gauss-Newton matrix of the objective at a point, times a change."""
+        out, spec, channel_J = at.zeros(), self.dense.spec, self._channel(at)
+        for place, expert in enumerate(self.group):
+            metric_II = self._metric(expert, at)
+            for x_NH, w_N1 in self._samples(expert, at):
+                latent = _latent(at, x_NH)
+                _, slope_NJ = sloped(self.dense, self._first(at, place, latent))
+                moved_NJ = self._projected(change.cores, place, latent)
+                moved_NJ += self._projected(at.cores, place, _latent(change, x_NH))
+                moved_NI = x_NH.new_zeros(len(x_NH), spec.intermediate).index_add_(1, channel_J, slope_NJ * moved_NJ)
+                pull_NI = (moved_NI @ metric_II) * w_N1
+                self._add_back(out, at, place, slope_NJ * pull_NI[:, channel_J], latent, x_NH)
+            self._add_unknown(out, at, metric_EJ[place], place, change)
+        return out
+
+    def objective(self, at: InputSide, metric_EJ: Tensor) -> float:
+        """The objective at a point."""
+        total, unused = 0.0, at.zeros()
+        for place, expert in enumerate(self.group):
+            metric_II = self._metric(expert, at)
+            for x_NH, w_N1 in self._samples(expert, at):
+                z_NI = self.dense.activate(self._first(at, place, _latent(at, x_NH)))
+                error_NI = z_NI - self.dense.intermediate(expert, x_NH)
+                total += float(((error_NI @ metric_II) * error_NI * w_N1).sum(dtype=torch.float64))
+            total += self._add_unknown(unused, at, metric_EJ[place], place)
+        return total
+
+    def _channel(self, at: InputSide) -> Tensor:
+        return self.dense.spec.channel_of_row().to(at.bases[0].device)
+
+    def _metric(self, expert: int, at: InputSide) -> Tensor:
+        """[I,I]: V^T V."""
+        v_HI = self.dense.w_out_EHI[expert].to(at.bases[0].dtype)
+        return v_HI.T @ v_HI
+
+    def _samples(self, expert: int, at: InputSide) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs [N,H] of an expert and their weights [N,1], which add up to the weight of the expert."""
+        spec = self.dense.spec
+        sample = self.population.sample(expert, spec.rows, _TOKENS * (spec.rows + spec.hidden))
+        assert sample is not None
+        weight = self.population.weight(expert)
+        for x_NH, p_N in sample:
+            yield x_NH.to(at.bases[0].dtype), (p_N * weight).to(at.bases[0].dtype)[:, None]
+
+    def _projected(self, cores: Sequence[Sequence[Tensor]], place: int, latent: Sequence[Tensor]) -> Tensor:
+        """[N,J]: latent rows [N,R] of each branch times an expert's cores, in the model's order of rows."""
+        out_NJ = latent[0].new_empty(len(latent[0]), self.dense.spec.rows)
+        for branch, z_NR in enumerate(latent):
+            out_NJ[:, self.rows[branch]] = z_NR @ cores[branch][place].T
+        return out_NJ
+
+    def _first(self, at: InputSide, place: int, latent: Sequence[Tensor]) -> Tensor:
+        """[N,J]: the latent first projection, bias included."""
+        h_NJ, bias_EJ = self._projected(at.cores, place, latent), self.dense.bias_in_EJ
+        return h_NJ if bias_EJ is None else h_NJ + bias_EJ[self.group[place]].to(h_NJ.dtype)
+
+    def _add_back(
+        self, out: InputSide, at: InputSide, place: int, g_NJ: Tensor, latent: Sequence[Tensor], x_NH: Tensor
+    ) -> None:
+        """Adds to `out` what a gradient with respect to first projections means for bases and cores."""
+        for branch, z_NR in enumerate(latent):
+            g_NX = g_NJ[:, self.rows[branch]]
+            out.cores[branch][place] += g_NX.T @ z_NR
+            out.bases[branch] += (g_NX @ at.cores[branch][place]).T @ x_NH
+
+    def _add_unknown(
+        self, out: InputSide, at: InputSide, metric_J: Tensor, place: int, change: InputSide | None = None
+    ) -> float:
+        """Value of the second term for one expert; adds to `out` half its gradient, or its curvature times `change`."""
+        total, w_JH = 0.0, self.dense.w_in_EJH[self.group[place]]
+        for branch, (b_RH, rows) in enumerate(zip(at.bases, self.rows, strict=True)):
+            a_XR = at.cores[branch][place]
+            if change is None:
+                off_XH = a_XR @ b_RH - w_JH[rows].to(b_RH.dtype)
+            else:
+                off_XH = change.cores[branch][place] @ b_RH + a_XR @ change.bases[branch]
+            pull_XH = self.level * metric_J[rows][:, None] * off_XH
+            total += float((pull_XH * off_XH).sum(dtype=torch.float64))
+            out.cores[branch][place] += pull_XH @ b_RH.T
+            out.bases[branch] += a_XR.T @ pull_XH
+        return total
+
+
+def _latent(side: InputSide, x_NH: Tensor) -> list[Tensor]:
+    return [x_NH @ b_RH.T for b_RH in side.bases]
+
+
+class _Preconditioner:
+    """Inverse of the curvature as if slopes did not depend on inputs: a Kronecker product for every basis and core."""
+
+    def __init__(self, at: InputSide, metric_EJ: Tensor, rows: Sequence[Tensor | slice], covariance_HH: Tensor) -> None:
+        work, lifted_EJ = at.bases[0].dtype, metric_EJ + _DAMPING * metric_EJ.mean() + torch.finfo(metric_EJ.dtype).tiny
+        self._root_HH = cholesky(covariance_HH).to(work)
+        self._metrics = [lifted_EJ[:, each] for each in rows]  # [E,X] of each branch
+        self._latent = [cholesky(b_RH.double() @ covariance_HH @ b_RH.double().T).to(work) for b_RH in at.bases]
+        self._cores = []
+        for cores, metric_EX in zip(at.cores, self._metrics, strict=True):
+            grams = [(a_XR.T * metric_X) @ a_XR for a_XR, metric_X in zip(cores, metric_EX, strict=True)]
+            sum_RR = torch.stack(grams).sum(0).double()
+            sum_RR.diagonal().add_(_DAMPING * sum_RR.diagonal().mean())
+            self._cores.append(cholesky(sum_RR).to(work))
+
+    def __call__(self, change: InputSide) -> InputSide:
+        bases = [
+            torch.cholesky_solve(torch.cholesky_solve(b_RH, root_RR).T, self._root_HH).T
+            for b_RH, root_RR in zip(change.bases, self._cores, strict=True)
+        ]
+        cores = [
+            [
+                torch.cholesky_solve((a_XR / metric_X[:, None]).T, root_RR).T
+                for a_XR, metric_X in zip(each, metric_EX, strict=True)
+            ]
+            for each, metric_EX, root_RR in zip(change.cores, self._metrics, self._latent, strict=True)
+        ]
+        return InputSide(bases, cores)
