@@ -282,7 +282,8 @@ def test_output_error_is_exactly_the_discarded_energy(group: int) -> None:
         for e in range(E):
             x_NH, p_N = reference.sample(samples, e, I)
             z_NI = dense.intermediate(e, x_NH)
-            q_II = reference.shrunk(reference.moments(z_NI, p_N.tolist()), fit.ridge_out)
+            ridge = reference.output_noise(samples, e, I, fit.ridge_out)
+            q_II = reference.shrunk(reference.moments(z_NI, p_N.tolist()), ridge)
             errors[e] = samples.weight(e) * squared(dense.w_out_EHI[e] - w_out_EHI[e], q_II)
         assert close(errors.view(-1, group).sum(1), energies[:, rank:].sum(1), 1e-9)
 
@@ -466,7 +467,8 @@ def test_an_unseen_expert_is_fitted_on_the_layers_tokens() -> None:
     assert close(w_in_EJH[2], reference.refit_core(dense.w_in_EJH[2], b_RH, layer_HH) @ b_RH, 1e-8)
     p_T = samples.slot_weight_TK.sum(1) / samples.slot_weight_TK.sum()
     z_TI, own_TI = (reference.intermediate(dense, w, 2, samples.x_TH) for w in (dense.w_in_EJH[2], w_in_EJH[2]))
-    assert close(w_out_EHI[2], reference.refit_down(dense.w_out_EHI[2], z_TI, own_TI, p_T, fit.ridge_out), 1e-8)
+    ridge = reference.output_noise(samples, 2, I, fit.ridge_out)
+    assert close(w_out_EHI[2], reference.refit_down(dense.w_out_EHI[2], z_TI, own_TI, p_T, ridge), 1e-8)
 
 
 def test_the_pool_covers_all_of_the_calibration() -> None:
@@ -813,6 +815,7 @@ def test_tail_errors_are_sums_of_discarded_energies(seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=7), st.integers(1, 4))
+@few_examples
 def test_partition_is_the_best_of_all_partitions(values: list[int], count: int) -> None:
     def spread(sets: list[list[int]]) -> float:
         means = [sum(values[i] for i in part) / len(part) for part in sets]

@@ -38,8 +38,8 @@ class Fit:
         cores: refit each expert's input cores on its own moments (phase 2), else on those of its group.
         down: refit the second projection on the compressed intermediates.
         newton: conjugate gradients of the step that refines the input side (`newton.refined`); 0 keeps the closed form.
-        ridge_in: share of the identity in input moments, for inputs whose spectrum is flat (`Population.flatness`).
-        ridge_out: the same in moments of intermediates, as it is.
+        ridge_in: share of the identity in moments of many inputs of a flat spectrum (`Population.white`, `flatness`).
+        ridge_out: the same of many intermediates, whatever their spectrum.
         ridge_metric: the same for the output metric.
     """
 
@@ -237,7 +237,8 @@ def _fit_input(
         bases.append(b_RH)
     if fit.newton:
         closed = InputSide(bases, cores)
-        found = refined(dense, population, group, rows, closed, group_HH, fit.ridge_in * population.flatness, fit.newton)
+        white = population.white(group, dense.spec.hidden, fit.ridge_in * population.flatness)
+        found = refined(dense, population, group, rows, closed, group_HH, white, fit.newton)
         if found is not closed:
             for branch, (stem, _) in enumerate(branches):
                 b_RH = packed.set_basis(stem, number, found.bases[branch]).to(work)
@@ -251,7 +252,7 @@ def _fit_input(
 def _second(
     dense: DenseExperts, population: Population, expert: int, fit: Fit, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Second projection [H,I] of one expert and the moments [I,I] float64 of what it reads, shrunk by `ridge_out`.
+    """Second projection [H,I] of one expert and the moments [I,I] float64 of what it reads, shrunk by `ridge_out` and noise.
 
     With `packed` (its input side fitted) it reads the compressed intermediates, and is refitted to them.
     """
@@ -270,9 +271,10 @@ def _second(
         _add_cross(gram_II, own_NI, own_NI, p_N)
         if target_II is not None:
             _add_cross(target_II, dense.intermediate(expert, x_NH), own_NI, p_N)
+    ridge = population.white([expert], len(gram_II), fit.ridge_out)
     if target_II is not None:
-        w_HI = refit_down(w_HI, target_II, gram_II, fit.ridge_out)
-    return w_HI, ridged(gram_II, fit.ridge_out)
+        w_HI = refit_down(w_HI, target_II, gram_II, ridge)
+    return w_HI, ridged(gram_II, ridge)
 
 
 def _fit_output(

@@ -30,15 +30,15 @@ class Population(Protocol):
     def weight(self, expert: int) -> float:
         """Importance of the expert's output error in its layer's, per token."""
 
+    def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
+        """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity."""
+
     @property
     def flatness(self) -> float:
-        """How even the spectrum of the layer's inputs is, up to 1: what a share of the identity is multiplied by."""
+        """How even the spectrum of the layer's inputs is, up to 1: what `ridge` is multiplied by there."""
 
-    def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
-        """[H,H] float64, positive definite: a group's input covariance, shrunk towards the layer's and the identity.
-
-        The share of the identity is `ridge` times `flatness`.
-        """
+    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
+        """Share of the identity in moments of `size` features of what some experts see: `ridge`, more for few tokens."""
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         """[H,R]: C B^T for the expert's own input covariance C, shrunk as there, towards `prior_HR` = the layer's C B^T."""
@@ -59,15 +59,18 @@ class Uninformed:
     hidden: int
     device: torch.device | str = "cpu"
 
-    @property
-    def flatness(self) -> float:
-        return 1.0
-
     def weight(self, expert: int) -> float:
         return 1.0 / self.num_experts
 
     def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
         return Moments.identity(self.hidden, self.device).gram_DD
+
+    @property
+    def flatness(self) -> float:
+        return 1.0
+
+    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
+        return ridge
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         return prior_HR
@@ -202,27 +205,36 @@ class Calibrated:
         return min(1.0, float((2 * root_HH.diagonal().log().mean()).exp()) / level)
 
     def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
-        ridge = ridge * self.flatness
+        ridge, size = ridge * self.flatness, self.x_TH.shape[1]
+        layer_HH = ridged(self.layer_moments.mean(), _white(int(self.counts_E.sum()), size, ridge))
         if len(experts) == self.num_experts:
-            return ridged(self.layer_moments.mean(), ridge)
+            return layer_HH
         index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
-        own = self._moments(index_N, w_N)
-        share = self._share(index_N, w_N, self.x_TH.shape[1])
-        return ridged(share * own.mean() + (1 - share) * self.layer_moments.mean(), ridge)
+        share = self._share(index_N, w_N, size)
+        if share == 0.0:
+            return layer_HH
+        own_HH = ridged(self._moments(index_N, w_N).mean(), _white(len(index_N), size, ridge))
+        return share * own_HH + (1 - share) * layer_HH
+
+    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
+        """See `Population`."""
+        own, tokens = (int(counts.sum()) for counts in (self.counts_E[list(experts)], self.counts_E))
+        share = 1.0 if len(experts) == self.num_experts else trust(own, size, self.shrinkage)
+        return share * _white(own, size, ridge) + (1 - share) * _white(tokens, size, ridge)
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         index_N, w_N = self.rows(expert)
         share = self._share(index_N, w_N, self.x_TH.shape[1])
         if share == 0.0:
             return prior_HR
-        ridge = ridge * self.flatness
+        white = _white(len(index_N), self.x_TH.shape[1], ridge * self.flatness)
         sum_HR, level = torch.zeros(b_RH.T.shape, dtype=torch.float64, device=b_RH.device), 0.0
         for rows_NH, p_N in self._parts(index_N, w_N / w_N.sum()):
             x_NH = rows_NH.to(b_RH.dtype)
             sum_HR += cross(x_NH, x_NH @ b_RH.T, p_N)
             level += float(x_NH.square().mean(1).double() @ p_N)
         own_HR = sum_HR.to(b_RH.dtype)
-        return share * ((1 - ridge) * own_HR + ridge * level * b_RH.T) + (1 - share) * prior_HR
+        return share * ((1 - white) * own_HR + white * level * b_RH.T) + (1 - share) * prior_HR
 
     def _share(self, index_N: Tensor, w_N: Tensor, size: int) -> float:
         return trust(len(index_N), size, self.shrinkage) if float(w_N.sum()) > 0 else 0.0
@@ -241,3 +253,8 @@ class Calibrated:
         if share == 1.0:
             return self._parts(index_N, p_N)
         return self._parts(torch.cat([index_N, index_P]), torch.cat([share * p_N, (1 - share) * p_P]))
+
+
+def _white(count: int, size: int, ridge: float) -> float:
+    """Share of the identity beside moments of `size` features of so many tokens: never less than their noise."""
+    return 1 - (1 - ridge) * trust(count, size, 1.0)

@@ -60,16 +60,30 @@ def slots_of(samples: Calibrated, experts: Iterable[int]) -> list[tuple[int, flo
 
 
 def covariance(samples: Calibrated, experts: Sequence[int], ridge: float) -> Tensor:
-    """[H,H]: inputs of some experts, shrunk towards the layer's by n / (n + kappa H), then towards the identity."""
-    x_TH = samples.x_TH.double()
+    """[H,H]: inputs of some experts and of the layer, both shrunk towards the identity, mixed by n / (n + kappa H)."""
+    x_TH, hidden = samples.x_TH.double(), samples.x_TH.shape[1]
     everything = slots_of(samples, range(samples.num_experts))
     c_HH = moments((x_TH[t] for t, _ in everything), (w for _, w in everything))
     ridge = ridge * flatness(c_HH, len(everything))
+    c_HH = shrunk(c_HH, with_noise(ridge, len(everything), hidden))
     own = slots_of(samples, experts)
     if own and len(experts) < samples.num_experts:
-        share = len(own) / (len(own) + samples.shrinkage * x_TH.shape[1])
-        c_HH = share * moments((x_TH[t] for t, _ in own), (w for _, w in own)) + (1 - share) * c_HH
-    return shrunk(c_HH, ridge)
+        share = len(own) / (len(own) + samples.shrinkage * hidden)
+        own_HH = moments((x_TH[t] for t, _ in own), (w for _, w in own))
+        c_HH = share * shrunk(own_HH, with_noise(ridge, len(own), hidden)) + (1 - share) * c_HH
+    return c_HH
+
+
+def with_noise(ridge: float, count: int, size: int) -> float:
+    """A share of the identity, and of what is left the share that n rows of D features cannot earn, D / (n + D)."""
+    return ridge + (1 - ridge) * size / (count + size)
+
+
+def output_noise(samples: Calibrated, expert: int, size: int, ridge: float) -> float:
+    """Share of the identity in moments of an expert's intermediates: its own and the layer's, mixed as the moments are."""
+    own, everything = (len(slots_of(samples, experts)) for experts in ([expert], range(samples.num_experts)))
+    share = own / (own + samples.shrinkage * size)
+    return share * with_noise(ridge, own, size) + (1 - share) * with_noise(ridge, everything, size)
 
 
 def flatness(c_HH: Tensor, count: int) -> float:
@@ -177,10 +191,11 @@ def solve_layer(dense: DenseExperts, samples: Calibrated, shape: LatentShape, fi
         for e in group:
             x_NH, p_N = sample(samples, e, spec.intermediate)
             own_NI = intermediate(dense, w_in_EJH[e], e, x_NH)
+            ridge = output_noise(samples, e, spec.intermediate, fit.ridge_out)
             if fit.down:
                 z_NI = intermediate(dense, dense.w_in_EJH[e].double(), e, x_NH)
-                w_out_EHI[e] = refit_down(w_out_EHI[e], z_NI, own_NI, p_N, fit.ridge_out)
-            q_II = shrunk(moments(own_NI, p_N.tolist()), fit.ridge_out)
+                w_out_EHI[e] = refit_down(w_out_EHI[e], z_NI, own_NI, p_N, ridge)
+            q_II = shrunk(moments(own_NI, p_N.tolist()), ridge)
             factors.append(w_out_EHI[e] @ root(q_II) * weights[e] ** 0.5)
         if fit.output == "combined":
             factors = [routed_sum(dense, samples, w_in_EJH, w_out_EHI, group).T / total**0.5]
