@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -27,16 +28,21 @@ from molae_compress.checkpoint import (
     WorkDirectory,
     check_free_space,
     check_output_folder,
+    check_place,
     check_places,
     publish,
     write_file,
 )
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
-from molae_compress.errors import DataError, QualityGateError, RecipeError, ResumeError
+from molae_compress.conditions import check_gate, check_room, finished
+from molae_compress.errors import DataError, RecipeError
 from molae_compress.evaluation import Evaluation, check_predicts, evaluate
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
+from molae_compress.prediction import Prediction
+from molae_compress.probes import STAGE as PROBE
+from molae_compress.probes import check_max_kl, final_shapes, measured_plan
 from molae_compress.proof import check_called_singly
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
@@ -52,17 +58,43 @@ from molae_compress.summary import plan_of, summarise
 def plan(
     recipe: str | Path | Recipe | Mapping[str, Any],
     *,
+    measured: bool = False,
+    work_dir: str | Path | None = None,
     device: str = "auto",
     max_memory: int | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
-    """What `run` would do, from the model's config and the headers of its files alone.
+    """What `run` would do, from the model's config and the headers of its files alone, or measured.
+
+    Args:
+        recipe: what to do; must name a model.
+        measured: observe the model layer by layer, fit every layer at three budgets for trial, and show the ranks that `run`
+            would choose, with a prediction of their quality and of that of other budgets.
+        work_dir: where that is kept: `run` goes on from it at any budget, and nothing in it is measured again. By default it
+            is thrown away.
+        device, max_memory, progress: as for `run`.
+        trust_remote_code: allow code from the model folder.
 
     Raises:
         RecipeError, ModelError, CheckpointError: whatever `run` would refuse before it reads a weight.
+        ResumeError: the work directory is that of another model, text or way of fitting, or holds an unfinished run.
     """
     job = _Job.open(Recipe.load(recipe), device, max_memory, trust_remote_code)
-    return job.plan(job.run.expected_shapes(job.copied_bytes()), measured=not job.run.needs_spectra())
+    if not measured:
+        return job.plan(job.run.expected_shapes(job.copied_bytes()), measured=not job.run.needs_spectra())
+    job.run.progress = progress or silent
+    expected = job.checked()
+    check_called_singly(job.source, expected)
+    with ExitStack() as stack:
+        if work_dir is None:
+            path = Path(stack.enter_context(TemporaryDirectory(prefix="molae-plan-")))
+        else:
+            path = Path(work_dir).expanduser().resolve()
+            check_place(path, "work directory", job.source.folder.resolve(), ours=is_artifact)
+        check_free_space(path, 2 * job.plan(expected, measured=False).activation_bytes, "the work directory")
+        job.run.work = stack.enter_context(WorkDirectory.open(path, stage_inputs=job.stage_inputs()))
+        return measured_plan(job.run, job.copied_bytes(), model=str(job.recipe.model))
 
 
 def run(
@@ -106,17 +138,18 @@ def run(
     job.run.progress = progress or silent
     expected = job.checked()
     if not fresh and is_artifact(out):
-        report = _finished(out, recipe, job.stage_inputs()[ROUTERS])
-        _check_gate(recipe, report)
+        report = finished(out, recipe, job.stage_inputs()[ROUTERS])
+        check_gate(recipe, report)
         return report
-    _check_room(out, path, job.plan(expected, measured=False))
+    check_room(out, path, job.plan(expected, measured=False))
     check_called_singly(job.source, expected)
+    check_max_kl(job.run)
     routers = job.routers()
-    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE,)) as work:
+    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE, PROBE)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
         with job.timed("observe"):
-            shapes = job.run.shapes(job.copied_bytes())
+            shapes, job.prediction = final_shapes(job.run, job.copied_bytes())
             replaced_keys(job.source, shapes)  # measured ranks may have left another set of modules dense
         with job.timed("solve"):
             job.run.solve_layers(shapes)
@@ -132,7 +165,7 @@ def run(
         else:
             work.discard(SOLVE)
             work.discard(ROUTERS)
-    _check_gate(recipe, report)
+    check_gate(recipe, report)
     return report
 
 
@@ -165,6 +198,7 @@ class _Job:
     resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     trained: Trained | None = None
+    prediction: Prediction | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, device: str, max_memory: int | None, trust_remote_code: bool) -> _Job:
@@ -261,8 +295,11 @@ class _Job:
         observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "heal", "output"))}
         observed |= {"refit.shrinkage": keys["refit.shrinkage"]}
         solved = {key: value for key, value in keys.items() if key != "heal.router_steps"}
+        tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
+        probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}
         return {
             OBSERVE: base | observed,
+            PROBE: base | probed,
             SOLVE: base | solved,
             ROUTERS: base | keys,
             HIDDEN: base | (solved if self.recipe.refit.sequential else observed),
@@ -303,6 +340,7 @@ class _Job:
             unknown_experts=routed_experts_among(self.source.keys.unknown, self.source.all_expert_keys()),
             resumed=self.resumed,
             routers=self.trained,
+            prediction=self.prediction,
         )
         report = replace(report, inputs=self.stage_inputs()[ROUTERS])
         base_card = self.source.folder / "README.md"
@@ -331,65 +369,9 @@ class _Job:
         )
 
 
-def _check_room(out: Path, work: Path, plan: Plan) -> None:
-    """Refuses to start without room for work directory and result, but for what is in the work directory already."""
-    there = 0
-    for path in work.rglob("*"):
-        with suppress(FileNotFoundError):  # another run may be using it, which is refused later
-            there += path.stat().st_size
-    needed = max(0, plan.disk_bytes - plan.artifact_bytes - there)
-    if _disk(out) == _disk(work):
-        check_free_space(out.parent, needed + plan.artifact_bytes, "the run")
-    else:
-        check_free_space(work, needed, "the work directory")
-        check_free_space(out.parent, plan.artifact_bytes, "the result")
-
-
-def _disk(path: Path) -> int:
-    return path.stat().st_dev if path.exists() else _disk(path.parent)
-
-
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
     else:
         yield prefix, json.dumps(value)
-
-
-def _finished(out: Path, recipe: Recipe, inputs: dict[str, str]) -> Report:
-    """The report of an artifact that is already there, if it is whole and what this run would make."""
-    report = Report.load(out)
-    lost = [f"'{name}'" for name in report.files if not (out / name).exists()]
-    if lost:
-        raise ResumeError(
-            f"The artifact '{out}' lacks {', '.join(lost)}.",
-            why="It was damaged after it was written.",
-            remedy="Use --fresh to make it again, or restore the files.",
-        )
-    keys = sorted(key for key in inputs.keys() | report.inputs.keys() if inputs.get(key) != report.inputs.get(key))
-    found = [f"{key}: {report.inputs.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
-    found += [
-        change for change in Recipe.load(report.recipe).differences(recipe) if change.startswith(("evaluate", "output.max"))
-    ]
-    if found:
-        raise ResumeError(
-            f"'{out}' holds an artifact of another run; there -> now: {'; '.join(found)}.",
-            why="Replacing it silently would lose it.",
-            remedy="Use --fresh to replace it, or another --output.",
-        )
-    return report
-
-
-def _check_gate(recipe: Recipe, report: Report) -> None:
-    found = report.evaluation or {}
-    ratio = None
-    if found.get("original_perplexity") and found.get("perplexity"):
-        ratio = found["perplexity"] / found["original_perplexity"]
-    for key, value in {"max_kl": found.get("kl"), "max_perplexity_ratio": ratio}.items():
-        limit = getattr(recipe.gate, key)
-        if limit is not None and (value is None or not value <= limit):  # not a number fails too
-            raise QualityGateError(
-                f"`gate.{key}: {limit}` failed: the result has {'no finite value' if value is None else f'{value:.4g}'}.",
-                remedy="The artifact is complete; raise the budget, or the limit.",
-            )

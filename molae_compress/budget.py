@@ -16,6 +16,12 @@ from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentSha
 Shapes = dict[str, AnyShape | None]  # module name -> shape, None where the layer stays dense
 
 
+def with_keep(recipe: Recipe, keep: float) -> Recipe:
+    """The recipe with another budget, of which a share of the parameters remains."""
+    changes = {"keep": keep, "rank": None, "target_size": None, "max_kl": None}
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=changes)})
+
+
 def shapes_for(
     recipe: Recipe,
     specs: Sequence[ExpertsSpec],
@@ -74,7 +80,7 @@ def _within_budget(
     in_bytes = budget.target_size is not None
     modules = [Module.of(recipe, spec, dtypes[spec.name] if in_bytes else None) for spec in specs]
     dense = sum(spec.dense_numel for spec in specs)
-    amount = budget.target_size - copied_bytes if budget.target_size is not None else int((budget.keep or 0.6) * dense)
+    amount = budget.target_size - copied_bytes if budget.target_size is not None else int((budget.keep or 1.0) * dense)
     fixed = sum(module.fixed for module in modules)
     amount -= fixed
     if spectra is None or budget.allocate == "uniform":
@@ -102,15 +108,16 @@ def most_bytes(
     budget = recipe.budget
     if budget.target_size is not None:
         return budget.target_size - copied_bytes
-    if budget.keep is None:
+    if budget.rank is not None:
         return None
+    keep = budget.keep if budget.keep is not None else 1.0  # of `max_kl`, known only once it is measured
     widths = [dtypes[spec.name].itemsize for spec in specs]
     pivots = 0
     for spec in specs:
         shape = template(recipe, spec)
         tensors = ranked(shape, *full_ranks(spec, shape)).tensors(spec)
         pivots += sum(torch.Size(size).numel() for name, size in tensors.items() if name.endswith(".pivots"))
-    numbers = int(budget.keep * sum(spec.dense_numel for spec in specs))
+    numbers = int(keep * sum(spec.dense_numel for spec in specs))
     return numbers * max(widths) + pivots * max(0, PIVOT_DTYPE.itemsize - min(widths))
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from molae_compress.budget import Shapes, shapes_for
+from molae_compress.budget import Shapes, shapes_for, with_keep
 from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
-from molae_compress.ranks import template
+from molae_compress.ranks import comparable, scaled, template
 from molae_compress.recipe import Recipe
 from molae_compress.solver.distill import distil
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
@@ -33,6 +34,7 @@ from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 Progress = Callable[[str, int, int], None]
 OBSERVE, SOLVE = "observe", "solve"
+_MOST = 0.99  # of its parameters, that a compressed model may keep
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
 
@@ -54,21 +56,6 @@ def _routed(population: Calibrated | Uninformed, held_out: Calibrated | None) ->
         return [0] * population.num_experts
     both = population.counts_E if held_out is None else population.counts_E + held_out.counts_E
     return [int(count) for count in both]
-
-
-def _times(found: LayerSpectra, factor: float) -> LayerSpectra:
-    return LayerSpectra(tuple(part * factor for part in found.input_GM), found.output_GM * factor)
-
-
-def _comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
-    """Spectra in one unit: a module measured without data, in a run with data, counts as much as the average one."""
-
-    def total(found: LayerSpectra) -> float:
-        return float(sum(part.sum() for part in found.input_GM) + found.output_GM.sum())
-
-    measured = [total(found) for name, found in spectra.items() if name not in unseen]
-    scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
-    return {name: _times(found, scales[name]) if name in scales else found for name, found in spectra.items()}
 
 
 @dataclass(frozen=True)
@@ -150,19 +137,31 @@ class Run:
 
     def needs_spectra(self) -> bool:
         """Whether ranks follow from measured spectra, so that all layers are looked at before any is solved."""
-        return self.recipe.budget.rank is None and self.recipe.budget.allocate == "spectrum"
+        budget = self.recipe.budget
+        return budget.max_kl is not None or (budget.rank is None and budget.allocate == "spectrum")
 
     def shapes(self, copied_bytes: int = 0) -> Shapes:
-        """Ranks of all modules under the budget; measures spectra first if the recipe asks for it."""
-        return self._shapes_for(copied_bytes, self.observe_layers() if self.needs_spectra() else None)
+        """Ranks of all modules under the budget; measures spectra first if the recipe asks for it.
+
+        Those of `budget.max_kl` follow from a prediction: see `probes.final_shapes`.
+        """
+        assert self.recipe.budget.max_kl is None
+        return self.shapes_by(self.observe_layers() if self.needs_spectra() else None, copied_bytes)
 
     def expected_shapes(self, copied_bytes: int = 0) -> Shapes:
-        """Shapes known before anything is measured: final ones, or those of a uniform budget."""
-        return self._shapes_for(copied_bytes, None)
+        """Shapes known before anything is measured: final ones, or those of a uniform budget, the largest for `max_kl`."""
+        return self.shapes_by(None, copied_bytes)
 
-    def _shapes_for(self, copied_bytes: int, spectra: Mapping[str, LayerSpectra] | None) -> Shapes:
+    def largest_share(self) -> float:
+        """Share of the parameters that a compressed model may keep and be smaller, also in a wider type."""
+        latent = sum(spec.dense_numel * self.dtype(spec).itemsize for spec in self.specs)
+        return _MOST * min(1.0, sum(self.source.expert_bytes(spec) for spec in self.specs) / latent)
+
+    def shapes_by(self, spectra: Mapping[str, LayerSpectra] | None, copied_bytes: int = 0) -> Shapes:
+        """Ranks of all modules under the budget, by these spectra if the recipe goes by any."""
+        searched = self.recipe.budget.max_kl is not None
         return shapes_for(
-            self.recipe,
+            with_keep(self.recipe, self.largest_share()) if searched else self.recipe,
             self.specs,
             dtypes={spec.name: self.dtype(spec) for spec in self.specs},
             dense_bytes={spec.name: self.source.expert_bytes(spec) for spec in self.specs},
@@ -185,7 +184,7 @@ class Run:
             spec = turn.spec
             found = measure_spectra(turn.dense, turn.population, template(self.recipe, spec), self.fit)
             found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
-            found = found if turn.effect is None else _times(found, turn.effect.gain())
+            found = found if turn.effect is None else scaled(found, turn.effect.gain())
             spectra[spec.name] = found
             unseen.update({spec.name} if isinstance(turn.population, Uninformed) else ())
             if self.work is not None:
@@ -195,8 +194,8 @@ class Run:
             self.progress(OBSERVE, len(spectra), len(self.specs))
 
         self.progress(OBSERVE, len(spectra), len(self.specs))
-        self._each_layer(OBSERVE, set(spectra), {}, observe)
-        return _comparable(spectra, unseen)
+        self.each_layer(OBSERVE, set(spectra), observe)
+        return comparable(spectra, unseen)
 
     def solve_layers(self, shapes: Shapes) -> None:
         """Second pass: bases, then cores, layer by layer; finished modules go to the work directory or to `finished`."""
@@ -207,13 +206,7 @@ class Run:
         def solve(turn: Turn) -> None:
             spec = turn.spec
             started, shape = time.monotonic(), latent[spec.name]
-            tensors = solve_layer(turn.dense, turn.population, shape, self.fit, self.dtype(spec))
-            effect = turn.effect if turn.held_out is not None else None
-            unhealed = None
-            if self.recipe.heal.block_steps and isinstance(turn.population, Calibrated):
-                unhealed = effect.error(tensors, shape) if effect is not None else None
-                tensors = distil(turn.dense, turn.population, shape, tensors, self.recipe.heal.block_steps).tensors
-            error = effect.error(tensors, shape) if effect is not None else None
+            tensors, error, unhealed = self.fitted(turn, shape)
             counts = _routed(turn.population, turn.held_out) if self.windows_NL is not None else []
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             self._finish(spec, Solved(tensors, error, counts, time.monotonic() - started, unhealed))
@@ -221,7 +214,17 @@ class Run:
             self.progress(SOLVE, len(done), len(latent))
 
         self.progress(SOLVE, len(done), len(latent))
-        self._each_layer(SOLVE, done | idle, latent, solve)
+        self.each_layer(SOLVE, done | idle, solve, latent)
+
+    def fitted(self, turn: Turn, shape: AnyShape) -> tuple[dict[str, Tensor], LayerError | None, LayerError | None]:
+        """Latent tensors of a module, their error on held-out tokens, and that of the closed form if training followed."""
+        tensors = solve_layer(turn.dense, turn.population, shape, self.fit, self.dtype(turn.spec))
+        effect = turn.effect if turn.held_out is not None else None
+        unhealed = None
+        if self.recipe.heal.block_steps and isinstance(turn.population, Calibrated):
+            unhealed = effect.error(tensors, shape) if effect is not None else None
+            tensors = distil(turn.dense, turn.population, shape, tensors, self.recipe.heal.block_steps).tensors
+        return tensors, effect.error(tensors, shape) if effect is not None else None, unhealed
 
     def solved(self, spec: ExpertsSpec, *, tensors: bool = True) -> Solved:
         """A finished module, from the work directory or from memory."""
@@ -243,11 +246,13 @@ class Run:
         }
         self.work.commit(SOLVE, spec.name, solved.tensors, info)
 
-    def _each_layer(self, stage: str, done: set[str], latent: Mapping[str, AnyShape], visit: Visit) -> None:
+    def each_layer(
+        self, stage: str, done: set[str], visit: Visit, latent: Mapping[str, AnyShape] = MappingProxyType({})
+    ) -> None:
         """Visits every module not yet done with its weights, what it saw of the fitted tokens, and of the held-out ones.
 
         The tokens go on through the dense layer, or, in the solving pass of a sequential recipe, through the layer as
-        compressed in the meantime. Nothing of a layer outlives its turn.
+        compressed in the meantime, in the shapes `latent`. Nothing of a layer outlives its turn.
         """
         pending = [spec for spec in self.specs if spec.name not in done]
         if self.windows_NL is None:
@@ -335,6 +340,12 @@ class Run:
         """The windows that are fitted on, all of a single one."""
         assert self.windows_NL is not None
         return self.windows_NL[: -self._windows_held_out] if len(self.windows_NL) > 1 else self.windows_NL
+
+    @property
+    def held_out_NL(self) -> Tensor:
+        """The windows that only measure."""
+        assert self.windows_NL is not None
+        return self.windows_NL[-self._windows_held_out :]
 
     @property
     def _windows_held_out(self) -> int:

@@ -111,10 +111,10 @@ def evaluate(
         for window, ids_1L in enumerate(windows_NL.split(1)):
             batch, row = divmod(window, batch_size)
             logits = {
-                name: _predicted(model, ids_1L, of_window(passed[name][batch], row, len(batches[batch])))
+                name: predicted(model, ids_1L, of_window(passed[name][batch], row, len(batches[batch])))
                 for name, model in arguments.items()
             }
-            sums += _compare(logits["result"], logits.get("original"), ids_1L[0].to(target))
+            sums += compared(logits["result"], logits.get("original"), ids_1L[0].to(target))
             del logits  # or they would stay while those of the next window are made
     count = windows_NL.numel() - len(windows_NL)
     perplexity, original_perplexity = (sums[:2] / count).exp().tolist()
@@ -177,7 +177,7 @@ def _carried(source: DiskSource, batches: Sequence[Tensor], stage: str, progress
         return forwarded(source, arguments, batches, lambda done: progress(stage, done, len(source.layers)))
 
 
-def _predicted(arguments: LayerArguments, ids_1L: Tensor, passed: Passed) -> Tensor:
+def predicted(arguments: LayerArguments, ids_1L: Tensor, passed: Passed) -> Tensor:
     """[L-1,V]: logits of all tokens of a window but its first."""
     logits_1LV = arguments.logits(ids_1L, passed)
     if logits_1LV.shape[:2] != ids_1L.shape or logits_1LV.shape[2] <= int(ids_1L.max()):
@@ -189,7 +189,7 @@ def _predicted(arguments: LayerArguments, ids_1L: Tensor, passed: Passed) -> Ten
     return logits_1LV[0, 1:] if arguments.shifted else logits_1LV[0, :-1]
 
 
-def _compare(logits_LV: Tensor, original_LV: Tensor | None, ids_L: Tensor) -> Tensor:
+def compared(logits_LV: Tensor, original_LV: Tensor | None, ids_L: Tensor) -> Tensor:
     """[4] float64 sums over predicted tokens (all but the first): negative log likelihoods of both, KL, agreements."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(ids_L) - 1, _POSITIONS):

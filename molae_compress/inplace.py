@@ -18,6 +18,7 @@ from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
 from molae_compress.layouts import weight_names
 from molae_compress.modeling.quantizer import attach_, check_attachable
+from molae_compress.probes import check_max_kl, final_shapes
 from molae_compress.proof import check_called_singly
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
@@ -66,11 +67,12 @@ def compress_(
     was_training = model.training
     model.eval()
     try:
+        check_max_kl(run)
         check_called_singly(source, run.expected_shapes())
         if recipe.heal.router_steps:
             check_windows(run)
         trainable = trainable_routers(source, run.specs) if recipe.heal.router_steps else ()
-        shapes = run.shapes()
+        shapes, prediction = final_shapes(run)
         keys = KeyMap(model, ())
         check_names(keys, run.specs, shapes)
         check_together({spec.name: keys.collected(weight_names(model, spec.name)) for spec in source.specs}, shapes)
@@ -80,7 +82,13 @@ def compress_(
         model.train(was_training)
     timings = {"total": time.monotonic() - started}
     report = summarise(
-        run, shapes, model=model.name_or_path or None, timings=timings, data_sha256=data_sha256, routers=trained
+        run,
+        shapes,
+        model=model.name_or_path or None,
+        timings=timings,
+        data_sha256=data_sha256,
+        routers=trained,
+        prediction=prediction,
     )
     solved = {name: shape for name, shape in shapes.items() if shape is not None}
     attach_(model, {name: (shape, run.finished[name].tensors) for name, shape in solved.items()})

@@ -14,6 +14,7 @@ import torch
 
 from molae_compress.budget import Shapes
 from molae_compress.errors import human_bytes
+from molae_compress.prediction import Choice, Prediction
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
 
@@ -62,6 +63,10 @@ class Plan:
         activation_bytes: calibration activations of one layer, in memory or spilled to disk.
         disk_bytes: free disk the run needs, work directory included.
         tokens: calibration tokens.
+        max_kl: limit by which the ranks are chosen, if the recipe gives one; unless `measured`, those shown are the largest.
+        prediction: quality at these ranks; None unless it was measured what it follows from.
+        choices: other budgets, with their predictions.
+        unpredictable: why there is no prediction, where one was asked for.
     """
 
     model: str | None
@@ -75,6 +80,10 @@ class Plan:
     disk_bytes: int
     tokens: int
     stored_bytes: int | None = None
+    max_kl: float | None = None
+    prediction: Prediction | None = None
+    choices: tuple[Choice, ...] = ()
+    unpredictable: str | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -104,7 +113,9 @@ class Plan:
         return {**asdict(self), "layers": layers, **totals, "warnings": list(self.warnings())}
 
     def __str__(self) -> str:
+        errors = self.prediction.layers if self.prediction is not None else {}
         lines = [f"{'module':40} {'form':8} {'groups':>9} {'ranks':>11} {'parameters':>14} {'kept':>6} {'flops':>6}"]
+        lines[0] += f" {'err_h':>9}" if errors else ""
         for layer in self.layers:
             if layer.shape is None:
                 form, groups, ranks = "dense", "", ""
@@ -113,6 +124,7 @@ class Plan:
             kept, flops = layer.parameters / layer.dense_parameters, layer.flops / layer.dense_flops
             lines.append(
                 f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
+                + (f" {errors[layer.name]:>9.3g}" if layer.name in errors else "")
             )
         packed = f" ({human_bytes(self.stored_bytes)} quantised)" if self.stored_bytes is not None else ""
         lines += [
@@ -124,7 +136,18 @@ class Plan:
             f"{human_bytes(self.activation_bytes)}; free disk {human_bytes(self.disk_bytes)}; "
             f"{self.tokens:,} calibration tokens",
         ]
-        if not self.measured:
+        if self.prediction is not None:
+            lines.append(f"predicted       {_in_words(self.prediction)}, on text like the calibration text")
+        if self.unpredictable is not None:
+            lines.append(f"no prediction: {self.unpredictable}")
+        if self.choices:
+            lines += ["", *_choice_lines(self.choices)]
+        if not self.measured and self.max_kl is not None:
+            lines.append(
+                "ranks shown are the largest; the run, or `plan --measured`, finds the smallest predicted to satisfy "
+                f"`budget.max_kl: {self.max_kl}`"
+            )
+        elif not self.measured:
             mover = "calibration" if self.tokens else "the weights"
             lines.append(
                 f"ranks shown are those of a uniform budget; {mover} will move them within "
@@ -132,6 +155,22 @@ class Plan:
             )
         lines += [f"warning: {warning}" for warning in self.warnings()]
         return "\n".join(lines)
+
+
+def _in_words(found: Prediction) -> str:
+    return f"err_h {found.err_h:.3g}, KL {found.kl:.3g} nats per token, perplexity x{found.perplexity_ratio:.4f}"
+
+
+def _choice_lines(choices: Sequence[Choice]) -> list[str]:
+    """The table of budgets."""
+    lines = [f"{'budget.keep':>11} {'parameters':>15} {'checkpoint':>12} {'err_h':>9} {'KL':>9} {'perplexity':>11}"]
+    for choice in choices:
+        found = choice.prediction
+        lines.append(
+            f"{choice.keep:>11} {choice.parameters:>15,} {human_bytes(choice.artifact_bytes):>12} {found.err_h:>9.3g} "
+            f"{found.kl:>9.3g} {f'x{found.perplexity_ratio:.4f}':>11}"
+        )
+    return lines
 
 
 def described(shape: AnyShape) -> tuple[str, str, str]:
@@ -214,6 +253,7 @@ def make_plan(
     ends_bytes: int = 0,
     evaluated: bool = False,
     memory_limit: int | None = None,
+    max_kl: float | None = None,
 ) -> Plan:
     """Adds up a whole model.
 
@@ -231,6 +271,7 @@ def make_plan(
         ends_bytes: what comes before and after the decoder layers (embedding, last norm, head), in float32.
         evaluated: the result is compared with the original at the end.
         memory_limit: activations above it are spilled to disk; None is no limit.
+        max_kl: see `Plan`.
     """
     layers = tuple(
         layer_plan(spec, shapes.get(spec.name), dense_bytes=dense_bytes[spec.name], dtype=dtypes[spec.name])
@@ -261,4 +302,5 @@ def make_plan(
         disk_bytes=2 * limit + 2 * activations,  # finished layers and the artifact; streams of two layers
         tokens=tokens,
         stored_bytes=stored_bytes,
+        max_kl=max_kl,
     )

@@ -7,7 +7,7 @@ the same size share one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -296,7 +296,7 @@ def _units(module: Module) -> list[range]:
 
 def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra) -> list[tuple[Tensor, Tensor]]:
     """For each side of a module, errors [U,R] of its units at each rank, and costs [R]."""
-    units, scales = _units(module), _scales(recipe, spectra)
+    units, scales = _units(module), unit_scales(recipe, spectra)
     own = module.with_experts(len(units[0]))
     sides: list[tuple[float, tuple[Tensor, ...]]] = [(scales[0], spectra.input_GM), (scales[1], (spectra.output_GM,))]
     parts = [
@@ -318,7 +318,7 @@ def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, experts: Sequen
     groups_in = sorted({expert // module.shape.input_group for expert in experts})
     groups_out = sorted({expert // module.shape.output_group for expert in experts})
     found = LayerSpectra(tuple(part[groups_in] for part in spectra.input_GM), spectra.output_GM[groups_out])
-    scales = _scales(recipe, spectra)
+    scales = unit_scales(recipe, spectra)
     errors = _errors(found, scales, own.sides[0].ranks, own.sides[-1].ranks)
     if module.shape.form == "layer":
         curves: tuple[Curve, ...] = (own.sides[0].curve([a + b for a, b in zip(*errors, strict=True)]),)
@@ -342,7 +342,23 @@ def smaller(spec: ExpertsSpec, shape: AnyShape) -> AnyShape | None:
     return shape if shape.numel(spec) < spec.dense_numel else None
 
 
-def _scales(recipe: Recipe, spectra: LayerSpectra) -> tuple[float, float]:
+def scaled(found: LayerSpectra, factor: float) -> LayerSpectra:
+    """Spectra with every energy multiplied."""
+    return LayerSpectra(tuple(part * factor for part in found.input_GM), found.output_GM * factor)
+
+
+def comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
+    """Spectra in one unit: a module measured without data, in a run with data, counts as much as the average one."""
+
+    def total(found: LayerSpectra) -> float:
+        return float(sum(part.sum() for part in found.input_GM) + found.output_GM.sum())
+
+    measured = [total(found) for name, found in spectra.items() if name not in unseen]
+    scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
+    return {name: scaled(found, scales[name]) if name in scales else found for name, found in spectra.items()}
+
+
+def unit_scales(recipe: Recipe, spectra: LayerSpectra) -> tuple[float, float]:
     """What turns the errors of both sides into one unit.
 
     Calibrated and two-sided, both already are the layer's err_h. An input-side error measured before the activation is

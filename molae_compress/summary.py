@@ -13,6 +13,7 @@ from molae_compress.compress import Run
 from molae_compress.evaluation import Evaluation
 from molae_compress.layouts import LAYER_NUMBER, weight_names
 from molae_compress.planning import Plan, make_plan
+from molae_compress.prediction import Prediction
 from molae_compress.report import CalibrationReport, LayerReport, Report, installed_versions, warnings_for
 from molae_compress.routers import Trained
 
@@ -49,6 +50,7 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         ends_bytes=ends,
         evaluated=run.recipe.evaluate is not None,
         memory_limit=run.memory_limit,
+        max_kl=run.recipe.budget.max_kl,
     )
 
 
@@ -65,6 +67,7 @@ def summarise(
     unknown_experts: Collection[str] = (),
     resumed: int = 0,
     routers: Trained | None = None,
+    prediction: Prediction | None = None,
 ) -> Report:
     """The report of a finished run.
 
@@ -89,7 +92,7 @@ def summarise(
     if run.windows_NL is not None and recipe.calibration is not None:
         windows, length = run.windows_NL.shape
         used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
-    layers = _layer_reports(run, shapes)
+    layers = _layer_reports(run, shapes, prediction.layers if prediction is not None else {})
     warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
     warnings += plan.warnings()
     warnings += tuple(
@@ -123,10 +126,13 @@ def summarise(
         routers=None
         if routers is None
         else {"kl_before": routers.before, "kl_after": routers.after, "changed": sorted(routers.tensors)},
+        prediction=None
+        if prediction is None
+        else {"err_h": prediction.err_h, "kl": prediction.kl, "perplexity_ratio": prediction.perplexity_ratio},
     )
 
 
-def _layer_reports(run: Run, shapes: Shapes) -> tuple[LayerReport, ...]:
+def _layer_reports(run: Run, shapes: Shapes, predicted: Mapping[str, float]) -> tuple[LayerReport, ...]:
     reports = []
     for spec in run.specs:
         shape = shapes[spec.name]
@@ -144,6 +150,7 @@ def _layer_reports(run: Run, shapes: Shapes) -> tuple[LayerReport, ...]:
                 tokens_per_expert=tuple(solved.tokens_per_expert),
                 seconds=round(solved.seconds, 3),
                 err_h_unhealed=solved.unhealed.err_h if solved.unhealed else None,
+                err_h_predicted=predicted.get(spec.name),
             )
         )
     return tuple(reports)

@@ -34,7 +34,7 @@ def gains(model: PreTrainedModel, **calibration: Any) -> list[float]:
         assert turn.effect is not None
         found.append(turn.effect.gain())
 
-    Run(recipe, LiveSource.of(model), tiny_ids(4, 64, seed=2) % 96)._each_layer(OBSERVE, set(), {}, visit)
+    Run(recipe, LiveSource.of(model), tiny_ids(4, 64, seed=2) % 96).each_layer(OBSERVE, set(), visit)
     return found
 
 

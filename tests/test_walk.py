@@ -16,8 +16,8 @@ from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.calibration.replay import Given, Gone, Passed, packed, unpacked
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.checkpoint import WorkDirectory
-from molae_compress.compress import _comparable
 from molae_compress.errors import ModelError
+from molae_compress.ranks import comparable
 from molae_compress.solver.layer import LayerSpectra
 from molae_compress.source import DiskSource, LiveSource, Source
 from molae_compress.stream import ResidualStream, forwarded, observed
@@ -327,10 +327,10 @@ def test_a_module_measured_without_data_counts_as_an_average_one() -> None:
     def spectra(size: float) -> LayerSpectra:
         return LayerSpectra((torch.full((2, 4), size), torch.full((2, 4), size)), torch.full((1, 8), size))
 
-    found = _comparable({"a": spectra(1.0), "b": spectra(3.0), "c": spectra(100.0)}, {"c"})
+    found = comparable({"a": spectra(1.0), "b": spectra(3.0), "c": spectra(100.0)}, {"c"})
     assert {name: float(one.output_GM.sum() + sum(part.sum() for part in one.input_GM)) for name, one in found.items()} == {
         "a": 24.0,
         "b": 72.0,
         "c": pytest.approx(48.0),
     }
-    assert _comparable({"c": spectra(100.0)}, {"c"})["c"].output_GM.sum() == 800
+    assert comparable({"c": spectra(100.0)}, {"c"})["c"].output_GM.sum() == 800

@@ -226,24 +226,29 @@ def check_places(out: Path, work: Path, source: Path, *, ours: Callable[[Path], 
             remedy="Give another --work-dir, or none: it is then made beside the output.",
         )
     for path, name in ((out, "output folder"), (work, "work directory")):
-        if source == path or source in path.parents:
-            raise ResumeError(
-                f"The {name} '{path}' lies inside the model that is read, '{source}'.",
-                why="The source is never written to.",
-                remedy="Give a folder elsewhere.",
-            )
-        if path in source.parents:
-            raise ResumeError(
-                f"The model that is read, '{source}', lies inside the {name} '{path}'.",
-                why="It would be lost when that folder is replaced or cleaned up.",
-                remedy="Give a folder elsewhere.",
-            )
-        if (inside := next((parent for parent in path.parents if ours(parent)), None)) is not None:
-            raise ResumeError(
-                f"The {name} '{path}' lies inside the finished result '{inside}'.",
-                why="That folder holds what its report vouches for, and nothing else.",
-                remedy="Give a folder elsewhere.",
-            )
+        check_place(path, name, source, ours=ours)
+
+
+def check_place(path: Path, name: str, source: Path, *, ours: Callable[[Path], bool]) -> None:
+    """The same for one folder, called `name`."""
+    if source == path or source in path.parents:
+        raise ResumeError(
+            f"The {name} '{path}' lies inside the model that is read, '{source}'.",
+            why="The source is never written to.",
+            remedy="Give a folder elsewhere.",
+        )
+    if path in source.parents:
+        raise ResumeError(
+            f"The model that is read, '{source}', lies inside the {name} '{path}'.",
+            why="It would be lost when that folder is replaced or cleaned up.",
+            remedy="Give a folder elsewhere.",
+        )
+    if (inside := next((parent for parent in path.parents if ours(parent)), None)) is not None:
+        raise ResumeError(
+            f"The {name} '{path}' lies inside the finished result '{inside}'.",
+            why="That folder holds what its report vouches for, and nothing else.",
+            remedy="Give a folder elsewhere.",
+        )
 
 
 def check_free_space(path: Path, needed: int, what: str) -> None:

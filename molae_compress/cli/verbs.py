@@ -30,21 +30,44 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
 
 
 @verb(
-    short_help="Show what a recipe would do. Reads no weights.", example="molae-compress plan qwen_moe --set budget.keep=0.5"
+    short_help="Show what a recipe would do, and how good the result would be.",
+    example="molae-compress plan qwen_moe --set budget.keep=0.5",
 )
 @command.recipe_options
+@click.option("--measured", is_flag=True, help="Read the model and its calibration text, and predict quality.")
+@command.device_option
+@command.memory_option
+@click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where measurements are kept, for `apply` to go on from. Thrown away if not given.",
+)
 @command.trust_option
+@command.quiet_option
 @command.json_option
-def plan(recipe: str, overrides: tuple[str, ...], model: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Show what RECIPE would do: ranks, sizes, and what the run needs. Reads no weights.
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    quiet: bool,
+    as_json: bool,
+    **where: Any,
+) -> None:
+    """Show what RECIPE would do: ranks, sizes, and what the run needs. Reads no weights unless --measured.
 
-    RECIPE is a file, or the name of a recipe that comes with the package.
+    RECIPE is a file, or the name of a recipe that comes with the package. With --measured the ranks are those that `apply`
+    would choose, and the quality of this and of other budgets is predicted; what was measured is kept in the work directory,
+    if one is given, where `apply` finds it.
     """
     import molae_compress as molae
 
-    command.calm_libraries(quiet=False)
+    if where["work_dir"] is not None and not where["measured"]:
+        raise click.UsageError("--work-dir is where measurements are kept, and without --measured there are none.")
+    command.calm_libraries(quiet=quiet)
     asked = molae.Recipe.load(recipe, command.overrides_with_model(overrides, model))
-    found = molae.plan(asked, trust_remote_code=trust_remote_code)
+    with shown(quiet=quiet or not where["measured"]) as progress:
+        found = molae.plan(asked, progress=progress, **where)
     command.write_json(found.to_dict()) if as_json else click.echo(str(found))
 
 

@@ -137,6 +137,12 @@ class Recipe(Section):
                 if getattr(self.basis, f"experts_per_{side}_group") == "all":
                     why = "Experts that share a basis are of one rank."
                     raise exclusive(f"basis.experts_per_{side}_group: all", f"budget.banks: {self.budget.banks}", why)
+        if self.calibration is None and self.budget.max_kl is not None:
+            raise RecipeError(
+                f"`budget.max_kl: {self.budget.max_kl}` needs calibration text, and the recipe has no `calibration`.",
+                why="Without text nothing tells what a compressed layer does to predictions.",
+                remedy="Add `calibration`, or use `budget.keep`.",
+            )
         if self.calibration is None and self.refit.sequential:
             raise RecipeError(
                 "`refit.sequential: true` needs calibration text, and the recipe has no `calibration`.",

@@ -14,7 +14,7 @@ from molae_compress.errors import RecipeError
 from molae_compress.recipe.files import format_size, parse_size
 from molae_compress.recipe.refusals import Section, exclusive
 
-BUDGETS = ("keep", "rank", "target_size")
+BUDGETS = ("keep", "rank", "target_size", "max_kl")
 
 
 def _size_field(value: Any) -> int:
@@ -137,7 +137,7 @@ class Basis(Section):
 
 
 class Budget(Section):
-    """How much may remain: one of `keep`, `rank` and `target_size`. Without any of them, `keep` is 0.6."""
+    """How much may remain: one of `keep`, `rank`, `target_size` and `max_kl`. Without any of them, `keep` is 0.6."""
 
     place = "budget"
     keep: Share | None = Field(
@@ -151,6 +151,11 @@ class Budget(Section):
     )
     target_size: Size | None = Field(
         default=None, description="Bytes of the whole compressed model on disk, for example 24GB."
+    )
+    max_kl: Positive | None = Field(
+        default=None,
+        description="The smallest model whose mean KL divergence from the original, in nats per token on text like the "
+        "calibration text, is predicted to be at most this. Needs `calibration`, and three trial fits of every layer.",
     )
     allocate: Literal["spectrum", "uniform"] = Field(
         default="spectrum",

@@ -98,6 +98,9 @@ def comparison(report: Report) -> list[tuple[str, str, str]]:
             rows.append((name, "" if original is None else form.format(original), form.format(evaluation[after])))
     if report.err_h is not None:
         rows.append(("err_h (error relative to the residual stream, over layers)", "", f"{report.err_h:.4g}"))
+    if report.prediction is not None:
+        rows.append(("KL divergence as predicted before solving", "", f"{report.prediction['kl']:.4g}"))
+        rows.append(("err_h as predicted before solving", "", f"{report.prediction['err_h']:.4g}"))
     return rows
 
 

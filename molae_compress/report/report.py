@@ -40,6 +40,7 @@ class LayerReport:
         tokens_per_expert: calibration tokens routed to each expert; empty without calibration.
         seconds: time of the fit.
         err_h_unhealed: err_h of the closed form, where training followed it and it was measured.
+        err_h_predicted: err_h as it was predicted before the module was solved; None if it was not.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerReport:
     tokens_per_expert: tuple[int, ...] = ()
     seconds: float = 0.0
     err_h_unhealed: float | None = None
+    err_h_predicted: float | None = None
 
     @property
     def unseen_experts(self) -> int:
@@ -97,6 +99,8 @@ class Report:
         artifact: `bytes` of the tensors of the result.
         routers: None unless they were trained; else `kl_before` and `kl_after`, on calibration windows that they were not
             trained on, and `changed`, the names of their tensors: none if the original ones stayed the best.
+        prediction: `err_h`, `kl` and `perplexity_ratio` as they were predicted before anything was solved, for text like the
+            calibration text; None if they were not.
     """
 
     model: str | None
@@ -115,6 +119,7 @@ class Report:
     source: dict[str, Any]
     artifact: dict[str, Any]
     routers: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
 
     @property
     def err_h(self) -> float | None:

@@ -69,7 +69,7 @@ budget of another kind, and the last one wins.
 
 ## What excludes what
 
-- One of `budget.keep`, `budget.rank` and `budget.target_size`.
+- One of `budget.keep`, `budget.rank`, `budget.target_size` and `budget.max_kl`; the last needs `calibration`.
 - `basis.profile: serving` is the layer form: groups are `auto` or `all`, and it excludes `gate_up: separate`,
   `down: dense` and `storage: interpolative`.
 - `basis.down: dense` has no output basis: it excludes `output: combined` and `experts_per_output_group`.
