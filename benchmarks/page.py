@@ -65,7 +65,7 @@ ROBUST = """KL × 1000 on each text, at {keeps} of the parameters, on the first 
 TRAINED = """At {keep:.0%} of the parameters, all in one run on one machine. MoBE and SLBF take gradient steps: as many as in
 the tables above, and as many as their papers state at least."""
 INFERENCE = """What the routed experts take for one token, from the plan of each result. Bytes are those of the weights that
-are read where one token is computed at a time: a number for every multiply-add, at {size} bytes a number."""
+a token computed alone reads, each weight once; the original has {size} bytes a number."""
 
 
 def section(title: str, text: str, table: str, command: str = "") -> str:

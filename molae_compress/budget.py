@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from molae_compress.errors import RecipeError, human_bytes
-from molae_compress.ranks import KERNEL_STEP, Module, by_spectrum, full_ranks, ranked, template, uniform
+from molae_compress.operations import operations
+from molae_compress.ranks import KERNEL_STEP, Module, full_ranks, ranked, template, uniform
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
+from molae_compress.solver.allocate import at_lowest_price
 from molae_compress.solver.layer import LayerSpectra
+from molae_compress.spectral import by_spectrum
 from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentShape
 
 Shapes = dict[str, AnyShape | None]  # module name -> shape, None where the layer stays dense
@@ -42,11 +45,20 @@ def shapes_for(
 
     Raises:
         RecipeError: a rank that does not fit or does not save anything, a budget too small for rank 1, or latent experts
-            that take more bytes than the dense ones.
+            that take more bytes than the dense ones, or more operations than `budget.max_flops` allows.
     """
     rank = recipe.budget.rank
     if rank is not None:
         shapes: Shapes = {spec.name: _fixed_rank(spec, template(recipe, spec), rank) for spec in specs}
+        taken = _operations(specs, shapes)
+        if not _within_cap(recipe, specs, shapes):
+            raise RecipeError(
+                f"`budget.rank: {rank}` takes {taken / _operations(specs):.3f} times the operations of the dense experts, "
+                f"more than `budget.max_flops: {recipe.budget.max_flops}` allows.",
+                why="Every expert of a token goes through the whole basis of its group.",
+                remedy="Use a lower rank or smaller groups of experts, or leave `budget.max_flops` at `auto`, which only "
+                "warns of it.",
+            )
     else:
         shapes = _within_budget(recipe, specs, dtypes, copied_bytes, spectra)
     latent = [spec for spec in specs if shapes[spec.name] is not None]
@@ -83,10 +95,16 @@ def _within_budget(
     amount = budget.target_size - copied_bytes if budget.target_size is not None else int((budget.keep or 1.0) * dense)
     fixed = sum(module.fixed for module in modules)
     amount -= fixed
-    if spectra is None or budget.allocate == "uniform":
-        shapes = uniform(modules, amount)
-    else:
-        shapes = by_spectrum(recipe, modules, [spectra[spec.name] for spec in specs], amount)
+
+    def at_price(price: float) -> Shapes | None:
+        """Shapes under the budget if operations have a price."""
+        if spectra is None or budget.allocate == "uniform":
+            found = uniform(modules, amount, price)
+        else:
+            found = by_spectrum(recipe, modules, [spectra[spec.name] for spec in specs], amount, price)
+        return None if found is None else {spec.name: shape for spec, shape in zip(specs, found, strict=True)}
+
+    shapes = at_price(0.0)
     if shapes is None:
         sides = [side for module in modules for side in module.sides]
         least = fixed + sum(side.costs[0] for side in sides)
@@ -98,7 +116,31 @@ def _within_budget(
             why="Copied tensors, biases and a down projection left dense count too." if amount <= 0 else "",
             remedy=f"Raise it, {smaller}or share bases over larger groups of experts.",
         )
-    return {spec.name: shape for spec, shape in zip(specs, shapes, strict=True)}
+    if _within_cap(recipe, specs, shapes):
+        return shapes
+    cheaper = at_lowest_price(at_price, lambda found: found is not None and _within_cap(recipe, specs, found))
+    if cheaper is None:
+        lowest = {module.spec.name: ranked(module.shape, *(side.ranks[0] for side in module.sides)) for module in modules}
+        raise RecipeError(
+            f"`budget.max_flops: {budget.max_flops}` is too small: the lowest ranks need a share of "
+            f"{_operations(specs, lowest) / _operations(specs):.4f}.",
+            why="A down projection left dense counts too." if recipe.basis.down == "dense" else "",
+            remedy="Raise it, lower `budget.align`, or share bases over other groups of experts.",
+        )
+    return cheaper
+
+
+def _operations(specs: Sequence[ExpertsSpec], shapes: Mapping[str, AnyShape | None] | None = None) -> int:
+    """Of all modules for one token; dense without shapes."""
+    return sum(operations(spec, (shapes or {}).get(spec.name)) for spec in specs)
+
+
+def _within_cap(recipe: Recipe, specs: Sequence[ExpertsSpec], shapes: Shapes) -> bool:
+    """Whether the shapes take no more operations than `budget.max_flops` allows."""
+    cap = recipe.budget.max_flops
+    if cap == "auto":
+        cap = None if recipe.budget.rank is not None or recipe.method == "paper" else 1.0
+    return cap is None or _operations(specs, shapes) <= cap * _operations(specs)
 
 
 def most_bytes(

@@ -22,12 +22,13 @@ from molae_compress.budget import Shapes, shapes_for, with_keep
 from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
-from molae_compress.ranks import comparable, scaled, template
+from molae_compress.ranks import template
 from molae_compress.recipe import Recipe
 from molae_compress.solver.distill import distil
 from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
 from molae_compress.source import Source, chosen
+from molae_compress.spectral import comparable, scaled
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import HeldOut, ResidualStream, StandIn, observed, stand_in
 from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec

@@ -7,13 +7,14 @@ budget and says so, with the total that the measured ranks will keep to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from molae_compress.budget import Shapes
 from molae_compress.errors import human_bytes
+from molae_compress.operations import active_bytes, operations
 from molae_compress.prediction import Choice, Prediction
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
@@ -31,6 +32,7 @@ class LayerPlan:
         dense_parameters, parameters: numbers stored before and after.
         dense_bytes, bytes: the same in bytes.
         dense_flops, flops: floating-point operations for one token, two per multiply-add, routed experts only.
+        dense_active_bytes, active_bytes: bytes of weights of routed experts that one token alone reads, each weight once.
         dense_traffic, traffic: numbers sent between devices for one token under expert parallelism (dispatch and combine).
     """
 
@@ -42,6 +44,8 @@ class LayerPlan:
     bytes: int
     dense_flops: int
     flops: int
+    dense_active_bytes: int
+    active_bytes: int
     dense_traffic: int
     traffic: int
 
@@ -95,21 +99,33 @@ class Plan:
         """Numbers in the routed experts after."""
         return sum(layer.parameters for layer in self.layers)
 
+    def per_token(self) -> dict[str, int]:
+        """Operations and bytes that one token takes in all routed experts, before and after; see `LayerPlan`."""
+        keys = ("dense_flops", "flops", "dense_active_bytes", "active_bytes")
+        return {key: sum(getattr(layer, key) for layer in self.layers) for key in keys}
+
     def warnings(self) -> tuple[str, ...]:
         """What a reader should know before running it, one sentence each."""
-        if self.stored_bytes is None or self.limit_bytes <= self.stored_bytes:
-            return ()
-        return (
-            f"The result takes {human_bytes(self.limit_bytes)}, more than the {human_bytes(self.stored_bytes)} of the "
-            "quantised original: its tensors are not quantised.",
-        )
+        found = []
+        if self.stored_bytes is not None and self.limit_bytes > self.stored_bytes:
+            found.append(
+                f"The result takes {human_bytes(self.limit_bytes)}, more than the {human_bytes(self.stored_bytes)} of the "
+                "quantised original: its tensors are not quantised."
+            )
+        work = self.per_token()
+        if work["flops"] > work["dense_flops"]:
+            found.append(
+                f"The routed experts take {work['flops'] / work['dense_flops']:.3f} times as many operations per token as "
+                "the dense ones."
+            )
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, totals and warnings included."""
         layers = [
             {**asdict(layer), "shape": layer.shape.to_dict() if layer.shape is not None else None} for layer in self.layers
         ]
-        totals = {"dense_parameters": self.dense_parameters, "parameters": self.parameters}
+        totals = {"dense_parameters": self.dense_parameters, "parameters": self.parameters, **self.per_token()}
         return {**asdict(self), "layers": layers, **totals, "warnings": list(self.warnings())}
 
     def __str__(self) -> str:
@@ -126,11 +142,16 @@ class Plan:
                 f"{layer.name:40} {form:8} {groups:>9} {ranks:>11} {layer.parameters:>14,} {kept:>6.3f} {flops:>6.3f}"
                 + (f" {errors[layer.name]:>9.3g}" if layer.name in errors else "")
             )
+        work = self.per_token()
         packed = f" ({human_bytes(self.stored_bytes)} quantised)" if self.stored_bytes is not None else ""
         lines += [
             "",
             f"routed experts  {self.dense_parameters:,} -> {self.parameters:,} parameters "
             f"({self.parameters / self.dense_parameters:.4f} kept)",
+            f"per token       {work['dense_flops']:,} -> {work['flops']:,} operations "
+            f"({work['flops'] / work['dense_flops']:.4f}), {human_bytes(work['dense_active_bytes'])} -> "
+            f"{human_bytes(work['active_bytes'])} of weights read "
+            f"({work['active_bytes'] / work['dense_active_bytes']:.4f})",
             f"checkpoint      {human_bytes(self.source_bytes)}{packed} -> {human_bytes(self.artifact_bytes)}",
             f"of the run      memory up to {human_bytes(self.memory_bytes)}, of which activations "
             f"{human_bytes(self.activation_bytes)}; free disk {human_bytes(self.disk_bytes)}; "
@@ -188,9 +209,8 @@ def described(shape: AnyShape) -> tuple[str, str, str]:
 
 def layer_plan(spec: ExpertsSpec, shape: AnyShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
     """Adds up one module; `dense_bytes` are those of the checkpoint's tensors, `dtype` that of the latent ones."""
-    K, H, I = spec.top_k, spec.hidden, spec.intermediate
-    dense_macs, traffic = K * H * (spec.rows + I), 2 * K * H
-    macs, sent = (dense_macs, traffic) if shape is None else _work(spec, shape)
+    dense_active = round(dense_bytes * spec.top_k / spec.num_experts)
+    traffic = 2 * spec.top_k * spec.hidden
     return LayerPlan(
         name=spec.name,
         shape=shape,
@@ -198,31 +218,26 @@ def layer_plan(spec: ExpertsSpec, shape: AnyShape | None, *, dense_bytes: int, d
         parameters=spec.dense_numel if shape is None else shape.numel(spec),
         dense_bytes=dense_bytes,
         bytes=dense_bytes if shape is None else shape.nbytes(spec, dtype),
-        dense_flops=2 * dense_macs,
-        flops=2 * macs,
+        dense_flops=operations(spec, None),
+        flops=operations(spec, shape),
+        dense_active_bytes=dense_active,
+        active_bytes=dense_active if shape is None else active_bytes(spec, shape, dtype),
         dense_traffic=traffic,
-        traffic=sent,
+        traffic=traffic if shape is None else _traffic(spec, shape),
     )
 
 
-def _work(spec: ExpertsSpec, shape: AnyShape) -> tuple[int, int]:
-    """Multiply-adds and numbers on the wire for one token, as the latent module computes it; all experts alike busy."""
-    banks = [(len(bank.experts), *_work_of(replace(bank.spec, top_k=spec.top_k), bank.shape)) for bank in shape.banks(spec)]
-    return tuple(round(sum(part[0] * part[k] for part in banks) / spec.num_experts) for k in (1, 2))  # type: ignore[return-value]
+def _traffic(spec: ExpertsSpec, shape: AnyShape) -> int:
+    """Numbers on the wire for one token; all experts alike busy."""
+    return round(sum(len(bank.experts) * _sent(bank.spec, bank.shape) for bank in shape.banks(spec)) / spec.num_experts)
 
 
-def _work_of(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
-    K, H, I = spec.top_k, spec.hidden, spec.intermediate
-    free = shape.rank_in if shape.storage == "interpolative" else 0
-    whole_in, whole_out = shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
-    branches = len(shape.branches())
-    macs = (1 if whole_in else K) * branches * shape.rank_in * (H - free) + K * spec.rows * shape.rank_in
+def _sent(spec: ExpertsSpec, shape: LatentShape) -> int:
+    H, whole_in, whole_out = spec.hidden, shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
     if shape.rank_out is None:
-        return macs + K * H * I, 2 * K * H
-    free = shape.rank_out if shape.storage == "interpolative" else 0
-    macs += K * I * shape.rank_out + (1 if whole_out else K) * shape.rank_out * (H - free)
-    sent_in = branches * shape.rank_in if whole_in else H
-    return macs, K * (sent_in + (shape.rank_out if whole_out else H))
+        return 2 * spec.top_k * H
+    sent_in = len(shape.branches()) * shape.rank_in if whole_in else H
+    return spec.top_k * (sent_in + (shape.rank_out if whole_out else H))
 
 
 def solver_bytes(spec: ExpertsSpec) -> int:

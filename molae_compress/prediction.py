@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from molae_compress.budget import Shapes
-from molae_compress.ranks import unit_scales
 from molae_compress.recipe import Recipe
 from molae_compress.solver.allocate import tail_errors
 from molae_compress.solver.layer import LayerSpectra
+from molae_compress.spectral import unit_scales
 from molae_compress.tensors import AnyShape, ExpertsSpec
 
 Point = tuple[float, float]

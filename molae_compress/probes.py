@@ -23,8 +23,9 @@ from molae_compress.errors import DataError, ModelError, RecipeError
 from molae_compress.evaluation import check_predicts, compared, predicted
 from molae_compress.planning import Plan
 from molae_compress.prediction import Choice, Forecast, Prediction, Probe, spectral_error
-from molae_compress.ranks import Module, by_spectrum, uniform
+from molae_compress.ranks import Module, uniform
 from molae_compress.solver.layer import LayerSpectra
+from molae_compress.spectral import by_spectrum
 from molae_compress.stream import stand_in
 from molae_compress.summary import plan_of
 from molae_compress.tensors import DenseExperts

@@ -1,29 +1,26 @@
 """Ranks: what an experts module can be stored as, and which of it a budget buys.
 
-Ranks are chosen by projection ("side"), and, where there are spectra, by bank: experts of a layer that need ranks of about
-the same size share one.
+Ranks are chosen by projection ("side"). Where there are spectra, `spectral` chooses them; `uniform` needs none.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from molae_compress.errors import RecipeError
+from molae_compress.operations import dense_multiply_adds, multiply_adds
 from molae_compress.recipe import Recipe
-from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
-from molae_compress.solver.layer import LayerSpectra
-from molae_compress.tensors import PIVOT_DTYPE, AnyShape, BankedShape, ExpertsSpec, LatentShape
+from molae_compress.solver.allocate import Curve
+from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentShape
 
 KERNEL_STEP = 8  # ranks of the layer form are rows of the stock grouped kernels, which take multiples of 16 bytes
 _ALIGN = {"quality": 8, "serving": 64}
 _STEPS = 32  # an automatic alignment leaves at least this many ranks to choose from
-_BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
+_SHARE = 8  # of a price on operations: up to it the share that every side keeps rises with the price, so as to spend all
 
 
 def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
@@ -125,18 +122,30 @@ class Side:
     Attributes:
         ranks: to choose from, ascending.
         costs: of each of them, in numbers or in bytes.
+        work: multiply-adds of each of them for one token.
         dense: what it costs uncompressed.
+        dense_work: multiply-adds uncompressed, of the whole module's experts.
         slack: what the highest rank may cost beyond that.
     """
 
     ranks: tuple[int, ...]
     costs: tuple[int, ...]
+    work: tuple[float, ...]
     dense: int
+    dense_work: int
     slack: int = 0
 
-    def at_share(self, share: float) -> tuple[int, int] | None:
-        """Highest rank within a share of the dense cost, and its cost; None if the lowest costs more already."""
-        affordable = [pair for pair in zip(self.ranks, self.costs, strict=True) if pair[1] <= share * self.dense]
+    def at_share(self, share: float, price: float = 0.0) -> tuple[int, int] | None:
+        """Highest rank within a share of the dense cost, and its cost; None if the lowest costs more already.
+
+        To the share of the cost comes that of the operations, times `price`; with a price, the lowest rank is always
+        affordable.
+        """
+        each = price * self.dense / self.dense_work
+        triples = zip(self.ranks, self.costs, self.work, strict=True)
+        affordable = [(rank, cost) for rank, cost, work in triples if cost + each * work <= share * self.dense]
+        if price and not affordable:
+            return self.ranks[0], self.costs[0]
         return affordable[-1] if affordable else None
 
     def curve(self, errors: Sequence[float]) -> Curve:
@@ -160,6 +169,7 @@ class Module:
         dtype: costs are bytes of tensors of this type; None counts numbers.
         fixed: what no rank changes.
         sides: input and output, or the one that stands for both.
+        among: experts of the whole module.
     """
 
     spec: ExpertsSpec
@@ -167,19 +177,20 @@ class Module:
     dtype: torch.dtype | None
     fixed: int
     sides: tuple[Side, ...]
+    among: int
 
     @classmethod
     def of(cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None) -> Module:
         """A whole module; counts numbers, or bytes if `dtype` is given."""
         shape = template(recipe, spec)
-        return cls.with_ranks(spec, shape, dtype, *_ranks(recipe, spec, shape))
+        return cls.with_ranks(spec, shape, dtype, *_ranks(recipe, spec, shape), spec.num_experts)
 
     def with_experts(self, count: int) -> Module:
         """A bank with some of the experts."""
         if count == self.spec.num_experts:
             return self
         spec = replace(self.spec, num_experts=count, name="", layer=0)  # so that layers share them
-        return _bank(spec, self.shape, self.dtype, self.sides[0].ranks, self.sides[-1].ranks)
+        return _bank(spec, self.shape, self.dtype, self.sides[0].ranks, self.sides[-1].ranks, self.among)
 
     @classmethod
     def with_ranks(
@@ -189,26 +200,43 @@ class Module:
         dtype: torch.dtype | None,
         ranks_in: Sequence[int],
         ranks_out: Sequence[int],
+        among: int,
     ) -> Module:
-        """The same with ranks to choose from."""
+        """The same with ranks to choose from; a bank of a module with `among` experts."""
         costs = {rank: _sizes(spec, ranked(shape, rank, rank), dtype) for rank in {*ranks_in, *ranks_out}}
+        work = {rank: [n / among for n in multiply_adds(spec, ranked(shape, rank, rank), among)] for rank in costs}
+        dense_work = dense_multiply_adds(spec)
         stack = spec.num_experts * spec.hidden * (1 if dtype is None else dtype.itemsize)
         fixed, first, second = costs[ranks_in[0]][2], stack * spec.rows, stack * spec.intermediate
         if shape.form == "layer":
-            both = Side(tuple(ranks_in), tuple(sum(costs[rank][:2]) for rank in ranks_in), first + second)
-            return cls(spec, shape, dtype, fixed, (both,))
-        indices = _index_sizes(spec, shape, dtype)
-        sides = [Side(tuple(ranks_in), tuple(costs[rank][0] for rank in ranks_in), first, indices[0])]
-        if shape.rank_out is not None:
-            sides.append(Side(tuple(ranks_out), tuple(costs[rank][1] for rank in ranks_out), second, indices[1]))
-        return cls(spec, shape, dtype, fixed, tuple(sides))
+            sizes = tuple(sum(costs[rank][:2]) for rank in ranks_in)
+            both = Side(tuple(ranks_in), sizes, tuple(sum(work[rank]) for rank in ranks_in), first + second, sum(dense_work))
+            return cls(spec, shape, dtype, fixed, (both,), among)
+        indices, dense = _index_sizes(spec, shape, dtype), (first, second)
+        sides = [
+            Side(
+                tuple(ranks),
+                tuple(costs[rank][k] for rank in ranks),
+                tuple(work[rank][k] for rank in ranks),
+                dense[k],
+                dense_work[k],
+                indices[k],
+            )
+            for k, ranks in enumerate((ranks_in, ranks_out) if shape.rank_out is not None else (ranks_in,))
+        ]
+        return cls(spec, shape, dtype, fixed, tuple(sides), among)
 
 
 @cache
 def _bank(
-    spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None, ranks_in: tuple[int, ...], ranks_out: tuple[int, ...]
+    spec: ExpertsSpec,
+    shape: LatentShape,
+    dtype: torch.dtype | None,
+    ranks_in: tuple[int, ...],
+    ranks_out: tuple[int, ...],
+    among: int,
 ) -> Module:
-    return Module.with_ranks(spec, shape, dtype, ranks_in, ranks_out)
+    return Module.with_ranks(spec, shape, dtype, ranks_in, ranks_out, among)
 
 
 def ranked(shape: LatentShape, rank_in: int, rank_out: int | None = None) -> LatentShape:
@@ -217,16 +245,17 @@ def ranked(shape: LatentShape, rank_in: int, rank_out: int | None = None) -> Lat
     return replace(shape, rank_in=rank_in, rank_out=None if shape.rank_out is None else rank_out)
 
 
-def uniform(modules: Sequence[Module], amount: int) -> list[AnyShape | None] | None:
+def uniform(modules: Sequence[Module], amount: int, price: float = 0.0) -> list[AnyShape | None] | None:
     """The highest ranks at which every side keeps at most one common share of its dense size.
 
     Ranks come in steps, so the share that spends the budget lies a little above the budget's own; found by bisection.
+    With a price on operations it is the share of size plus `price` times that of operations that is common to all sides.
     """
-    low, high = 0.0, 1.0
+    low, high = 0.0, 1.0 + min(price, _SHARE)
     best: list[list[int]] | None = None
     for _ in range(30):
         share = (low + high) / 2
-        pairs = [[side.at_share(share) for side in module.sides] for module in modules]
+        pairs = [[side.at_share(share, price) for side in module.sides] for module in modules]
         found = [pair for sides in pairs for pair in sides if pair is not None]
         if sum(cost for _, cost in found) > amount:
             high = share
@@ -239,143 +268,6 @@ def uniform(modules: Sequence[Module], amount: int) -> list[AnyShape | None] | N
     return [smaller(module.spec, ranked(module.shape, *ranks)) for module, ranks in zip(modules, best, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Experts of one module that are to have the same ranks, and what each rank costs and loses on each side."""
-
-    module: Module
-    experts: tuple[int, ...]
-    curves: tuple[Curve, ...]
-
-    def shape(self, picks: Sequence[int]) -> LatentShape:
-        """The shape at the picked rank of every curve."""
-        return ranked(self.module.shape, *(curve.ranks[pick] for curve, pick in zip(self.curves, picks, strict=True)))
-
-
-def by_spectrum(
-    recipe: Recipe, modules: Sequence[Module], spectra: Sequence[LayerSpectra], amount: int
-) -> list[AnyShape | None] | None:
-    """Water-filling over all modules, banks and sides, every curve in one unit of error.
-
-    Banks first: units of experts (as many as share a basis on either side) are put together with those of their layer that
-    would get ranks of about the same cost if each had ranks of its own. A bank then is given ranks like a layer.
-    """
-    pairs = list(zip(modules, spectra, strict=True))
-    layers = [[_part(recipe, module, found, range(module.spec.num_experts))] for module, found in pairs]
-    if (banks := _bank_count(recipe)) > 1:
-        tables = [table for module, found in pairs for table in _tables(recipe, module, found)]
-        if (spent := bought(tables, amount)) is not None:
-            per_layer = iter(spent)
-            for place, (module, found) in enumerate(pairs):
-                taken_U = sum((next(per_layer) for _ in module.sides), torch.zeros(()))
-                units = _units(module)
-                for_bank = partition(taken_U.tolist(), banks)
-                together = [sorted(expert for unit in members for expert in units[unit]) for members in for_bank]
-                layers[place] = [_part(recipe, module, found, experts) for experts in together]
-    curves = [curve for parts in layers for part in parts for curve in part.curves]
-    picks = allocate(curves, amount)
-    if picks is None:
-        return None
-    chosen = iter(picks)
-    return [
-        _joined(module, [(part, part.shape([next(chosen) for _ in part.curves])) for part in parts])
-        for module, parts in zip(modules, layers, strict=True)
-    ]
-
-
-def _bank_count(recipe: Recipe) -> int:
-    """Banks that a layer may have at most."""
-    banks = recipe.budget.banks
-    return (_BANKS if recipe.calibration is not None else 1) if banks == "auto" else int(banks)
-
-
-def _units(module: Module) -> list[range]:
-    size = math.lcm(module.shape.input_group, module.shape.output_group if module.shape.rank_out is not None else 1)
-    return [range(start, start + size) for start in range(0, module.spec.num_experts, size)]
-
-
-def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra) -> list[tuple[Tensor, Tensor]]:
-    """For each side of a module, errors [U,R] of its units at each rank, and costs [R]."""
-    units, scales = _units(module), unit_scales(recipe, spectra)
-    own = module.with_experts(len(units[0]))
-    sides: list[tuple[float, tuple[Tensor, ...]]] = [(scales[0], spectra.input_GM), (scales[1], (spectra.output_GM,))]
-    parts = [
-        [scale * tails_at(part, side.ranks).unflatten(0, (len(units), -1)).sum(1) for part in energies]
-        for (scale, energies), side in zip(sides, (own.sides[0], own.sides[-1]), strict=True)
-    ]
-    errors = [torch.stack(part).sum(0) for part in parts]
-    if module.shape.form == "layer":
-        errors = [errors[0] + errors[1]]
-    tables = []
-    for side, error_UR in zip(own.sides, errors, strict=False):
-        count = len(side.curve([0.0] * len(side.ranks)).costs)
-        tables.append((error_UR[:, :count], torch.tensor(side.costs[:count], dtype=torch.float64)))
-    return tables
-
-
-def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, experts: Sequence[int]) -> _Part:
-    own = module.with_experts(len(experts))
-    groups_in = sorted({expert // module.shape.input_group for expert in experts})
-    groups_out = sorted({expert // module.shape.output_group for expert in experts})
-    found = LayerSpectra(tuple(part[groups_in] for part in spectra.input_GM), spectra.output_GM[groups_out])
-    scales = unit_scales(recipe, spectra)
-    errors = _errors(found, scales, own.sides[0].ranks, own.sides[-1].ranks)
-    if module.shape.form == "layer":
-        curves: tuple[Curve, ...] = (own.sides[0].curve([a + b for a, b in zip(*errors, strict=True)]),)
-    else:
-        curves = tuple(side.curve(lost) for side, lost in zip(own.sides, errors, strict=False))
-    return _Part(own, tuple(experts), curves)
-
-
-def _joined(module: Module, parts: Sequence[tuple[_Part, LatentShape]]) -> AnyShape | None:
-    """The shape of a whole module; banks of the same ranks become one."""
-    members: dict[LatentShape, list[int]] = {}
-    for part, shape in parts:
-        members[shape] = sorted([*members.get(shape, ()), *part.experts])
-    if len(members) == 1:
-        return smaller(module.spec, next(iter(members)))
-    return smaller(module.spec, BankedShape(tuple(tuple(experts) for experts in members.values()), tuple(members)))
-
-
 def smaller(spec: ExpertsSpec, shape: AnyShape) -> AnyShape | None:
     """The shape, or None where it would not be smaller than the dense module."""
     return shape if shape.numel(spec) < spec.dense_numel else None
-
-
-def scaled(found: LayerSpectra, factor: float) -> LayerSpectra:
-    """Spectra with every energy multiplied."""
-    return LayerSpectra(tuple(part * factor for part in found.input_GM), found.output_GM * factor)
-
-
-def comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
-    """Spectra in one unit: a module measured without data, in a run with data, counts as much as the average one."""
-
-    def total(found: LayerSpectra) -> float:
-        return float(sum(part.sum() for part in found.input_GM) + found.output_GM.sum())
-
-    measured = [total(found) for name, found in spectra.items() if name not in unseen]
-    scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
-    return {name: scaled(found, scales[name]) if name in scales else found for name, found in spectra.items()}
-
-
-def unit_scales(recipe: Recipe, spectra: LayerSpectra) -> tuple[float, float]:
-    """What turns the errors of both sides into one unit.
-
-    Calibrated and two-sided, both already are the layer's err_h. An input-side error measured before the activation is
-    not comparable, and without calibration neither are layers: then errors count relative to the layer's output.
-    """
-    output = float(spectra.output_GM.sum())
-    scale = 1.0 if recipe.calibration is not None else 1.0 / max(output, 1e-300)
-    if recipe.basis.metric == "input":
-        return scale * output / max(sum(float(part.sum()) for part in spectra.input_GM), 1e-300), scale
-    return scale, scale
-
-
-def _errors(
-    spectra: LayerSpectra, scales: tuple[float, float], ranks_in: Sequence[int], ranks_out: Sequence[int]
-) -> tuple[list[float], list[float]]:
-    """Error of each rank on both sides."""
-    parts = [tail_errors(part, ranks_in) for part in spectra.input_GM]
-    return [scales[0] * sum(each) for each in zip(*parts, strict=True)], [
-        scales[1] * error for error in tail_errors(spectra.output_GM, ranks_out)
-    ]

@@ -57,7 +57,7 @@ def made_row(cell: Cell, kl: float, texts: tuple[str, ...] = EXAMPLE.texts) -> d
         "fit_seconds": 3.0,
         "texts": {name: figures for name in texts},
         "layers": [kl / 8] * 4,
-        **({"flops": 1000, "dense_flops": 2000} if cell.recipes else {}),
+        **({"flops": 1000, "dense_flops": 2000, "active_bytes": 900} if cell.recipes else {}),
     }
 
 

@@ -215,6 +215,43 @@ def test_experts_that_need_less_get_less(own_checkpoint: CheckpointMaker, apply:
     assert report.plan["parameters"] > 0.98 * plain.plan["parameters"]
 
 
+@pytest.mark.parametrize("allocate", ["allocate=spectrum", "banks=1", "allocate=uniform"])
+def test_operations_keep_to_their_cap(checkpoint: CheckpointMaker, apply: Apply, allocate: str) -> None:
+    source, groups = checkpoint("mixtral"), ("basis.experts_per_input_group=4", "basis.storage=orthonormal")
+    settings = (f"budget.{allocate}", "budget.align=1", "refit.newton=0", *groups)
+
+    def of(*overrides: str) -> tuple[float, float, list[Any]]:
+        report, _ = apply(source, *settings, *overrides)
+        flops, parameters = (report.plan[key] / report.plan[f"dense_{key}"] for key in ("flops", "parameters"))
+        shapes = [layer.shape for layer in report.layers]
+        assert ("times as many operations" in str(report.warnings)) == (flops > 1)
+        return flops, parameters, shapes
+
+    free, wide, loose = of("budget.max_flops=null", "budget.keep=0.9"), of("budget.keep=0.9"), of("budget.keep=0.5")
+    assert free[0] > 1 >= wide[0] > 0.95
+    assert 0.9 >= free[1] > wide[1] > 0.7
+    assert loose == of("budget.keep=0.5", "budget.max_flops=null")  # where it does not bind it changes nothing
+    assert loose[0] < 0.8
+    tight = of("budget.keep=0.5", "budget.max_flops=0.4")
+    assert 0.35 < tight[0] <= 0.4
+    assert tight[1] <= 0.5
+
+
+def test_a_cap_on_operations_that_cannot_be_kept(checkpoint: CheckpointMaker) -> None:
+    source = checkpoint("mixtral")
+    groups = (f"basis.experts_per_{side}_group=4" for side in ("input", "output"))
+    dear = ("budget.rank=24", "basis.storage=orthonormal", *groups)
+    assert "times as many operations per token" in str(molae.plan(recipe_for(source, *dear)))
+    assert "times as many" not in str(molae.plan(recipe_for(source, "budget.rank=8", "budget.max_flops=1.0")))
+    paper = recipe_for(source, "method=paper", "budget.keep=0.9", calibrated=False)
+    assert "times as many operations per token" in str(molae.plan(paper))
+    with pytest.raises(RecipeError, match=r"`budget.rank: 24` takes 1\.\d+ times the operations .*`budget.max_flops: 1.0`"):
+        molae.plan(recipe_for(source, *dear, "budget.max_flops=1.0"))
+    for uniform in ("spectrum", "uniform"):
+        with pytest.raises(RecipeError, match=r"`budget.max_flops: 0.01` is too small: .* a share of 0\.0\d+"):
+            molae.plan(recipe_for(source, "budget.max_flops=0.01", f"budget.allocate={uniform}"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [["budget.align=1"], [SERVING], ["basis.down=dense"], ["output.dtype=bfloat16"], ["ignore=['re:.*0.mlp.experts']"]],

@@ -55,6 +55,9 @@ def test_the_numbers_of_grouped_experts_by_hand(checkpoint: CheckpointMaker) -> 
         assert (layer.dense_bytes, layer.bytes) == (2 * 18432, 2 * (7008 - pivots) + 4 * pivots)
         assert layer.dense_flops == 2 * TOP_K * HIDDEN * 3 * INTERMEDIATE
         assert layer.flops == 2 * macs == 3840
+        # of two of eight experts, one or both are in a group of two in 13 of 28 cases
+        read = 13 / 28 * (2 * bases_in + 4 * 4 * 8) + (2 * bases_out + 4 * 8 * 8 + 2 * cores) * TOP_K / EXPERTS
+        assert (layer.dense_active_bytes, layer.active_bytes) == (2 * 18432 * TOP_K / EXPERTS, round(read))
         assert layer.traffic == layer.dense_traffic == 2 * TOP_K * HIDDEN  # groups of experts encode where they live
     stored = tensors_in(source)
     assert planned.source_bytes == sum(tensor.nbytes for tensor in stored.values())
@@ -74,6 +77,9 @@ def test_the_numbers_of_the_layer_form_by_hand(checkpoint: CheckpointMaker) -> N
         assert layer.bytes == 4 * 10240
         assert layer.flops == 2 * (2 * 16 * HIDDEN + TOP_K * 16 * 3 * INTERMEDIATE) == 6656
         assert layer.traffic == TOP_K * (16 + 16)
+        assert layer.active_bytes == 4 * (2 * 16 * HIDDEN + TOP_K * 16 * 3 * INTERMEDIATE)
+    assert "18,432 -> 13,312 operations (0.7222), 36.86 kB -> 26.62 kB of weights read (0.7222)" in str(planned)
+    assert planned.to_dict()["active_bytes"] == sum(layer.active_bytes for layer in planned.layers)
 
 
 def test_biases_stay_at_full_width(checkpoint: CheckpointMaker) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from molae_compress.solver import layer as solver_layer
 from molae_compress.solver import population as solver_population
 from molae_compress.solver import reference
-from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
+from molae_compress.solver.allocate import Curve, allocate, at_lowest_price, bought, partition, tail_errors, tails_at
 from molae_compress.solver.basis import Stack, interpolated, interpolative, orthonormal_rows
 from molae_compress.solver.layer import Fit, layer_error, measure_spectra, solve_layer
 from molae_compress.solver.moments import Moments, cholesky, ridged
@@ -842,6 +842,14 @@ def test_what_is_bought_of_convex_curves_is_what_steps_along_them_buy(found: lis
     error = sum(curve.errors[curve.costs.index(cost)] for curve, cost in zip(found, costs, strict=True))
     # no other choice of at most this cost is better: the choice is optimal for what it spends
     assert error <= (reference.allocate(found, sum(costs)) or 0.0) + 1e-9
+
+
+def test_the_lowest_price_that_fits_is_found() -> None:
+    for least in (1e-9, 0.3, 7.0):
+        assert at_lowest_price(lambda price: price, lambda price, least=least: price >= least) == pytest.approx(
+            least, rel=1e-3
+        )
+    assert at_lowest_price(lambda price: price, lambda _: False) is None
 
 
 def test_tails_of_groups_add_up_to_the_tail_of_all() -> None:

@@ -17,9 +17,9 @@ from molae_compress.calibration.replay import Given, Gone, Passed, packed, unpac
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.errors import ModelError
-from molae_compress.ranks import comparable
 from molae_compress.solver.layer import LayerSpectra
 from molae_compress.source import DiskSource, LiveSource, Source
+from molae_compress.spectral import comparable
 from molae_compress.stream import ResidualStream, forwarded, observed
 from tests.conftest import CheckpointMaker
 from tests.runs import distance, loaded, recipe_for

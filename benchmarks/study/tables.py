@@ -142,12 +142,12 @@ def inference(results: Results, bytes_per_number: int) -> str:
         cells = []
         for keep in results.keeps:
             rows = [row for row in results.of(method, keep) if "flops" in row]
-            flops = results.mean(rows, "flops")
-            if flops is None:
+            flops, read = results.mean(rows, "flops"), results.mean(rows, "active_bytes")
+            if flops is None or read is None:
                 cells += 3 * [NONE]
                 continue
             dense = rows[0]["dense_flops"]
-            cells += [f"{flops / 1000:,.0f}", f"{flops / 2 * bytes_per_number / 1000:,.0f}", f"{flops / dense:.0%}"]
+            cells += [f"{flops / 1000:,.0f}", f"{read / 1000:,.0f}", f"{flops / dense:.0%}"]
         if any(cell != NONE for cell in cells):
             body.append([titled(method), *cells])
     if not body:

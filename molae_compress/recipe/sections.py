@@ -166,6 +166,12 @@ class Budget(Section):
         description="Experts of a layer that need more get higher ranks: this many sets of experts may differ in rank. "
         "`auto`: 4 with calibration and `allocate: spectrum`, else 1. Experts that share a basis stay together.",
     )
+    max_flops: Literal["auto"] | Positive | None = Field(
+        default="auto",
+        description="Most operations per token of the routed experts that are not ignored, as a share of those of the dense "
+        "ones: ranks that take too many are given up for others. `auto`: 1, never slower than the original; "
+        "with `rank` or `method: paper` no limit, but a warning. `null`: no limit, bytes above all.",
+    )
     align: Literal["auto"] | Count = Field(
         default="auto",
         description="Ranks are multiples of this number, which suits kernels. `auto` follows the profile: 64 for serving.",

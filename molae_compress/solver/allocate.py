@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,25 @@ def bought(tables: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[Tensor]
         fits = sum(float(cost_U.sum()) for cost_U in taken(largest * math.exp(middle))) <= budget
         low, high = (low, middle) if fits else (middle, high)
     return taken(largest * math.exp(high))
+
+
+def at_lowest_price(choose: Callable[[float], Choice], fits: Callable[[Choice], bool]) -> Choice | None:
+    """What is chosen at the lowest price that makes it fit, found by bisection; None if even the highest does not.
+
+    Prices are powers of e from -40, next to nothing, to 20, beside which nothing else counts.
+    """
+    low, high = -40.0, 20.0
+    found = choose(math.exp(high))
+    if not fits(found):
+        return None
+    for _ in range(20):
+        middle = (low + high) / 2
+        tried = choose(math.exp(middle))
+        if fits(tried):
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> list[int] | None:
