@@ -244,12 +244,13 @@ def solver_bytes(spec: ExpertsSpec) -> int:
     """What the solver holds of one expert at most, beside its weights as they are stored.
 
     Slope moments and metric [J,J] in float64 and float32 and two moments of intermediates [I,I] in float64, or the eight
-    [I,I] of a refit of the second projection (more if there is no gate); input moments [H,H] in float64; the expert's first
-    projection twice in float32; one part of its tokens with what is computed from them on the way to the slopes.
+    [I,I] of a refit of the second projection (more if there is no gate), or eight vectors of a Gauss-Newton step with the
+    cores of two experts and their basis in float32; input moments [H,H] in float64; the expert's first projection twice in
+    float32; one part of its tokens with what is computed from them on the way to the slopes.
     """
     H, I, J = spec.hidden, spec.intermediate, spec.rows
-    matrices = max(J * J * (8 + 4) + 2 * I * I * 8, 8 * I * I * 8) + 4 * H * H * 8
-    return matrices + 2 * J * H * 4 + ROWS * (5 * J + 2 * H) * 4
+    matrices = max(J * J * (8 + 4) + 2 * I * I * 8, 8 * I * I * 8, 8 * min(H, 2 * J) * (H + 2 * J) * 4) + 4 * H * H * 8
+    return matrices + 2 * J * H * 4 + ROWS * (6 * J + 2 * H) * 4
 
 
 def make_plan(

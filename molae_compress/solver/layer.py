@@ -24,6 +24,9 @@ from molae_compress.solver.population import Calibrated, Population
 from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
 from molae_compress.tensors import AnyShape, DenseExperts, LatentShape
 
+_TOGETHER = (
+    4  # experts of a group whose basis is refined with their cores: so many float32 cores are in memory several times
+)
 _BLOCK = 1024  # rows of a matrix of moments that are added to at a time
 
 
@@ -223,30 +226,43 @@ def _fit_input(
     shape, work = packed.shape, _work(dense)
     spectra, group_HH = _input_spectra(dense, population, group, shape, fit, shape.rank_in)
     branches, rows = shape.branches(), branch_rows(dense.spec, shape, layer_HH.device)
-    bases: list[Tensor] = []
-    cores: list[list[Tensor]] = [[] for _ in branches]
-    for branch, spectrum in enumerate(spectra):
+    bases, fixed = [], []  # what the cores of all experts are solved with
+    for (stem, _), spectrum in zip(branches, spectra, strict=True):
         assert spectrum.vectors_HR is not None
-        b_RH = packed.set_basis(branches[branch][0], number, spectrum.vectors_HR.T).to(work)
-        inverse_HR = right_inverse(b_RH)
-        prior_HR = (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T
-        for expert in group:
-            w_XH = dense.w_in_EJH[expert].to(work)[rows[branch]]
-            cb_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
-            cores[branch].append(refit_core(w_XH, b_RH, inverse_HR, cb_HR))
+        b_RH = packed.set_basis(stem, number, spectrum.vectors_HR.T).to(work)
         bases.append(b_RH)
-    if fit.newton:
-        closed = InputSide(bases, cores)
-        white = population.white(group, dense.spec.hidden, fit.ridge_in * population.flatness)
-        found = refined(dense, population, group, rows, closed, group_HH, white, fit.newton)
-        if found is not closed:
-            for branch, (stem, _) in enumerate(branches):
-                b_RH = packed.set_basis(stem, number, found.bases[branch]).to(work)
-                back_RR = found.bases[branch] @ right_inverse(b_RH)
-                cores[branch] = [a_XR @ back_RR for a_XR in found.cores[branch]]
-    for branch, (_, core) in enumerate(branches):
-        for expert, a_XR in zip(group, cores[branch], strict=True):
-            packed.core(core, expert).copy_(a_XR)
+        fixed.append((right_inverse(b_RH), (layer_HH if fit.cores else group_HH.to(work)) @ b_RH.T))
+
+    def closed(expert: int) -> list[Tensor]:
+        """The cores of an expert, for each branch."""
+        found = []
+        for rows_X, b_RH, (inverse_HR, prior_HR) in zip(rows, bases, fixed, strict=True):
+            cb_HR = population.projected(expert, b_RH, prior_HR, fit.ridge_in) if fit.cores else prior_HR
+            found.append(refit_core(dense.w_in_EJH[expert].to(work)[rows_X], b_RH, inverse_HR, cb_HR))
+        return found
+
+    white = population.white(group, dense.spec.hidden, fit.ridge_in * population.flatness)
+    together = fit.newton > 0 and len(group) <= _TOGETHER
+    for experts in [group] if together else [[expert] for expert in group]:
+        side = InputSide(bases, [list(each) for each in zip(*(closed(expert) for expert in experts), strict=True)])
+        if fit.newton:
+            start, keep = side, not together
+            side = refined(dense, population, experts, rows, start, group_HH, white, fit.newton, keep_bases=keep)
+            side = side if side is start or keep else _stored(packed, number, side)
+        for (_, core), each in zip(branches, side.cores, strict=True):
+            for expert, a_XR in zip(experts, each, strict=True):
+                packed.core(core, expert).copy_(a_XR)
+
+
+def _stored(packed: Packed, number: int, side: InputSide) -> InputSide:
+    """Stores the bases of a group; cores for them as they are stored."""
+    bases, cores = [], []
+    for (stem, _), b_RH, each in zip(packed.shape.branches(), side.bases, side.cores, strict=True):
+        stored_RH = packed.set_basis(stem, number, b_RH).to(b_RH.dtype)
+        back_RR = b_RH @ right_inverse(stored_RH)
+        bases.append(stored_RH)
+        cores.append([a_XR @ back_RR for a_XR in each])
+    return InputSide(bases, cores)
 
 
 def _second(

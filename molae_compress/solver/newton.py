@@ -84,6 +84,8 @@ def refined(
     covariance_HH: Tensor,
     ridge: float,
     iterations: int,
+    *,
+    keep_bases: bool = False,
 ) -> InputSide:
     """Bases and cores of one group after the step.
 
@@ -96,11 +98,12 @@ def refined(
         covariance_HH: of the group's inputs, positive definite, float64.
         ridge: rho, below 1.
         iterations: of conjugate gradients; each sends the tokens of the group through its experts once and back.
+        keep_bases: only cores change, so that the experts of a large group can be refined one by one.
     """
     if population.sample(group[0], dense.spec.rows) is None:
         return closed
     level = ridge / (1 - ridge) * float(covariance_HH.diagonal().mean())
-    problem = _Problem(dense, population, group, rows, level)
+    problem = _Problem(dense, population, group, rows, level, keep_bases)
     before, gradient, metric_EJ = problem.gradient(closed)
     precondition = _Preconditioner(closed, metric_EJ, rows, covariance_HH)
     step, left = closed.zeros(), closed.zeros().plus(gradient, -1.0)
@@ -127,6 +130,7 @@ class _Problem:
     Attributes:
         dense, population, group, rows: see `refined`.
         level: factor of the second term.
+        keep_bases: derivatives with respect to bases are left at zero.
     """
 
     dense: DenseExperts
@@ -134,6 +138,7 @@ class _Problem:
     group: Sequence[int]
     rows: Sequence[Tensor | slice]
     level: float
+    keep_bases: bool = False
 
     def gradient(self, at: InputSide) -> tuple[float, InputSide, Tensor]:
         """Value and half the gradient of the objective at a point, and the diagonal metrics [E,J] there."""
@@ -161,7 +166,8 @@ class _Problem:
                 latent = _latent(at, x_NH)
                 _, slope_NJ = sloped(self.dense, self._first(at, place, latent))
                 moved_NJ = self._projected(change.cores, place, latent)
-                moved_NJ += self._projected(at.cores, place, _latent(change, x_NH))
+                if not self.keep_bases:
+                    moved_NJ += self._projected(at.cores, place, _latent(change, x_NH))
                 moved_NI = x_NH.new_zeros(len(x_NH), spec.intermediate).index_add_(1, channel_J, slope_NJ * moved_NJ)
                 pull_NI = (moved_NI @ metric_II) * w_N1
                 self._add_back(out, at, place, slope_NJ * pull_NI[:, channel_J], latent, x_NH)
@@ -216,7 +222,8 @@ class _Problem:
         for branch, z_NR in enumerate(latent):
             g_NX = g_NJ[:, self.rows[branch]]
             out.cores[branch][place] += g_NX.T @ z_NR
-            out.bases[branch] += (g_NX @ at.cores[branch][place]).T @ x_NH
+            if not self.keep_bases:
+                out.bases[branch] += (g_NX @ at.cores[branch][place]).T @ x_NH
 
     def _add_unknown(
         self, out: InputSide, at: InputSide, metric_J: Tensor, place: int, change: InputSide | None = None
@@ -232,7 +239,8 @@ class _Problem:
             pull_XH = self.level * metric_J[rows][:, None] * off_XH
             total += float((pull_XH * off_XH).sum(dtype=torch.float64))
             out.cores[branch][place] += pull_XH @ b_RH.T
-            out.bases[branch] += a_XR.T @ pull_XH
+            if not self.keep_bases:
+                out.bases[branch] += a_XR.T @ pull_XH
         return total
 
 
