@@ -36,6 +36,7 @@ from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 Progress = Callable[[str, int, int], None]
 OBSERVE, SOLVE = "observe", "solve"
 _MOST = 0.99  # of its parameters, that a compressed model may keep
+_NEWTON = 5  # conjugate gradients: most of what many would find
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
 
@@ -129,7 +130,9 @@ class Run:
     def fit(self) -> Fit:
         """The solver's options."""
         basis, refit = self.recipe.basis, self.recipe.refit
-        return Fit(metric=basis.metric, output=basis.output, cores=refit.cores, down=refit.down, newton=refit.newton)
+        closed = not refit.cores or basis.metric == "input"
+        newton = (0 if closed else _NEWTON) if refit.newton == "auto" else refit.newton
+        return Fit(metric=basis.metric, output=basis.output, cores=refit.cores, down=refit.down, newton=newton)
 
     def dtype(self, spec: ExpertsSpec) -> torch.dtype:
         """Type of a module's latent tensors."""

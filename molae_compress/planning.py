@@ -16,6 +16,7 @@ from molae_compress.budget import Shapes
 from molae_compress.errors import human_bytes
 from molae_compress.operations import active_bytes, operations
 from molae_compress.prediction import Choice, Prediction
+from molae_compress.solver.distill import BATCH as TRAINED_TOKENS
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
 
@@ -253,6 +254,17 @@ def solver_bytes(spec: ExpertsSpec) -> int:
     return matrices + 2 * J * H * 4 + ROWS * (6 * J + 2 * H) * 4
 
 
+def training_bytes(spec: ExpertsSpec, shape: AnyShape | None) -> int:
+    """What distillation holds of one module: values, gradient and two moments in float32, and the graph of one step.
+
+    The graph has what each slot of a batch computes: inputs and outputs in full width, latent rows, intermediates.
+    """
+    if shape is None:
+        return 0
+    slots = TRAINED_TOKENS * spec.top_k
+    return 4 * 4 * shape.numel(spec) + slots * (4 * spec.hidden + 4 * spec.rows) * 4
+
+
 def make_plan(
     model: str | None,
     specs: Sequence[ExpertsSpec],
@@ -268,6 +280,8 @@ def make_plan(
     stored_bytes: int | None = None,
     ends_bytes: int = 0,
     evaluated: bool = False,
+    distilled: bool = False,
+    routers: bool = False,
     memory_limit: int | None = None,
     max_kl: float | None = None,
 ) -> Plan:
@@ -286,6 +300,8 @@ def make_plan(
         most_bytes: what the latent modules may take in all within the budget, if their ranks are not final.
         ends_bytes: what comes before and after the decoder layers (embedding, last norm, head), in float32.
         evaluated: the result is compared with the original at the end.
+        distilled: experts are trained, module by module.
+        routers: they are trained, which holds the streams of the original and the compressed model in memory.
         memory_limit: activations above it are spilled to disk; None is no limit.
         max_kl: see `Plan`.
     """
@@ -304,6 +320,10 @@ def make_plan(
         limit += max(0, most_bytes - sum(layer.bytes for layer in layers if layer.shape is not None))
     # the dense experts twice while they are joined, or once beside their latent form and a refitted projection
     working = max(2 * experts, experts + 2 * latent) + max(solver_bytes(spec) for spec in specs)
+    if distilled:
+        working = max(working, experts + 2 * latent + max(training_bytes(spec, shapes.get(spec.name)) for spec in specs))
+    if routers:
+        held = max(held, 3 * tokens * hidden * 4)
     # the ends of both models at once
     compared = ends_bytes if evaluated else 0
     return Plan(

@@ -19,6 +19,8 @@ from molae_compress.spectral import unit_scales
 from molae_compress.tensors import AnyShape, ExpertsSpec
 
 Point = tuple[float, float]
+_STEEPEST = 1.5  # log perplexity for a unit of KL; more than that is the noise of few tokens
+_LOG_MOST = 100.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Forecast:
         layers = {spec.name: self._err_h(spec, shapes[spec.name]) for spec in self.specs if spec.name in self._seen}
         total = sum(layers.values())
         kl = power_law([(sum(probe.err_h.values()), probe.kl) for probe in self.probes], total)
-        return Prediction(total, kl, math.exp(self._log_perplexity * kl), layers)
+        return Prediction(total, kl, math.exp(min(self._log_perplexity * kl, _LOG_MOST)), layers)
 
     def _err_h(self, spec: ExpertsSpec, shape: AnyShape | None) -> float:
         spectral = spectral_error(self.recipe, spec, self.spectra[spec.name], shape)
@@ -107,7 +109,8 @@ class Forecast:
     def _log_perplexity(self) -> float:
         """Increase of the negative log likelihood for each unit of KL, by least squares: a small one is lost in noise."""
         squares = sum(probe.kl**2 for probe in self.probes)
-        return sum(probe.kl * probe.log_perplexity for probe in self.probes) / squares if squares else 0.0
+        slope = sum(probe.kl * probe.log_perplexity for probe in self.probes) / squares if squares else 0.0
+        return min(max(slope, 0.0), _STEEPEST)
 
 
 def spectral_error(recipe: Recipe, spec: ExpertsSpec, spectra: LayerSpectra, shape: AnyShape | None) -> float:
@@ -131,7 +134,7 @@ def power_law(points: Sequence[Point], x: float) -> float:
     """
     if x <= 0:
         return 0.0
-    known = sorted((point for point in points if min(point) > 0), key=lambda point: point[0])
+    known = sorted(point for point in points if all(0 < figure < math.inf for figure in point))
     if not known:
         return 0.0
     steps = [pair for pair in pairwise(known) if pair[0][0] < pair[1][0]]

@@ -23,9 +23,7 @@ from molae_compress.errors import DataError, ModelError, RecipeError
 from molae_compress.evaluation import check_predicts, compared, predicted
 from molae_compress.planning import Plan
 from molae_compress.prediction import Choice, Forecast, Prediction, Probe, spectral_error
-from molae_compress.ranks import Module, uniform
 from molae_compress.solver.layer import LayerSpectra
-from molae_compress.spectral import by_spectrum
 from molae_compress.stream import stand_in
 from molae_compress.summary import plan_of
 from molae_compress.tensors import DenseExperts
@@ -113,7 +111,7 @@ def smallest(run: Run, spectra: Mapping[str, LayerSpectra], found: Forecast) -> 
         return shapes, found.of(shapes)
 
     best = at(most)
-    if best is None or best[1].kl > limit:
+    if best is None or not best[1].kl <= limit:
         gives = f"a KL divergence of {best[1].kl:.3g}" if best is not None else "nothing"
         raise RecipeError(
             f"`budget.max_kl: {limit}` cannot be met: at a share of {most:.2f} of the parameters {gives} is predicted.",
@@ -134,12 +132,12 @@ def measured_plan(run: Run, copied_bytes: int, *, model: str | None) -> Plan:
     """The plan at the ranks that a run would choose, with predictions wherever there can be any."""
     check_max_kl(run)
     reason = unpredictable(run)
-    spectra = run.observe_layers()
+    spectra = run.observe_layers() if reason is None or run.needs_spectra() else {}
     found = forecast(run, spectra) if reason is None else None
     if found is not None and run.recipe.budget.max_kl is not None:
         shapes, _ = smallest(run, spectra, found)
     else:
-        shapes = run.shapes_by(spectra, copied_bytes)
+        shapes = run.shapes_by(spectra or None, copied_bytes)
     plan = plan_of(run, shapes, model=model, measured=True)
     if found is None:
         return replace(plan, unpredictable=reason)
@@ -161,18 +159,13 @@ def choices(run: Run, spectra: Mapping[str, LayerSpectra], found: Forecast) -> t
 
 
 def _probed_shapes(run: Run, spectra: Mapping[str, LayerSpectra] | None) -> list[Shapes | None]:
-    """Shapes at the probes' budgets, counted in numbers; None where the lowest ranks are too large.
-
-    They are allocated as those of the run will be, for which spectra are needed.
-    """
-    modules = [Module.of(run.recipe, spec, None) for spec in run.specs]
-    total, fixed = sum(spec.dense_numel for spec in run.specs), sum(module.fixed for module in modules)
-    uneven = [spectra[spec.name] for spec in run.specs] if spectra and run.recipe.budget.allocate == "spectrum" else None
+    """Shapes at the probes' budgets, as those of the run will be chosen; None where the lowest ranks are too large."""
     found: list[Shapes | None] = []
     for share in BUDGETS:
-        amount = int(share * total) - fixed
-        shapes = uniform(modules, amount) if uneven is None else by_spectrum(run.recipe, modules, uneven, amount)
-        found.append({s.name: shape for s, shape in zip(run.specs, shapes, strict=True)} if shapes is not None else None)
+        try:
+            found.append(replace(run, recipe=with_keep(run.recipe, share)).shapes_by(spectra))
+        except RecipeError:
+            found.append(None)
     return found
 
 

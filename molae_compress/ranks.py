@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -105,13 +105,12 @@ def _sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> 
     return sides[0], sides[1], sides[2]
 
 
-def _index_sizes(spec: ExpertsSpec, shape: LatentShape, dtype: torch.dtype | None) -> tuple[int, int]:
-    """Stored size of the column indices of either side at the ranks that hold any weights."""
+def _index_sizes(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
+    """Column indices of either side at the ranks that hold any weights."""
     sizes = [0, 0]
     for name, size in ranked(shape, *full_ranks(spec, shape)).tensors(spec).items():
         if name.endswith(".pivots"):
-            each = 1 if dtype is None else PIVOT_DTYPE.itemsize
-            sizes[name.startswith("decode.")] += torch.Size(size).numel() * each
+            sizes[name.startswith("decode.")] += torch.Size(size).numel()
     return sizes[0], sizes[1]
 
 
@@ -148,15 +147,21 @@ class Side:
             return self.ranks[0], self.costs[0]
         return affordable[-1] if affordable else None
 
-    def curve(self, errors: Sequence[float]) -> Curve:
-        """The ranks that cost less than the dense projection, and the first of them in any case.
+    @cached_property
+    def choices(self) -> tuple[int, ...]:
+        """Indices of the ranks that cost less than the dense projection, and of the first in any case.
 
         The last may cost as much as that and its column indices: it holds any weights, so a projection that is worth its
         whole size keeps it.
         """
-        count = max(1, sum(cost < self.dense for cost in self.costs))
-        count += count + 1 == len(self.costs) and self.costs[-1] <= self.dense + self.slack
-        return Curve(self.ranks[:count], self.costs[:count], tuple(errors[:count]))
+        count, last = max(1, sum(cost < self.dense for cost in self.costs)), len(self.costs) - 1
+        whole = last >= count and self.costs[last] <= self.dense + self.slack
+        return (*range(count), last) if whole else tuple(range(count))
+
+    def curve(self, errors: Sequence[float]) -> Curve:
+        """The ranks to choose from, with the error of each; `errors` has one for every rank."""
+        ranks, costs = (tuple(each[k] for k in self.choices) for each in (self.ranks, self.costs))
+        return Curve(ranks, costs, tuple(errors[k] for k in self.choices))
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,8 @@ class Module:
             sizes = tuple(sum(costs[rank][:2]) for rank in ranks_in)
             both = Side(tuple(ranks_in), sizes, tuple(sum(work[rank]) for rank in ranks_in), first + second, sum(dense_work))
             return cls(spec, shape, dtype, fixed, (both,), among)
-        indices, dense = _index_sizes(spec, shape, dtype), (first, second)
+        # Counted in bytes, a projection at its whole size may take more: the checkpoint may hold it in a wider type.
+        indices, dense = _index_sizes(spec, shape) if dtype is None else (-1, -1), (first, second)
         sides = [
             Side(
                 tuple(ranks),

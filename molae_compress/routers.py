@@ -30,7 +30,7 @@ from molae_compress.stream import StandIn, forwarded, stand_in
 from molae_compress.tensors import DenseExperts, ExpertsSpec
 
 STAGE = "routers"  # of the work directory
-_ASIDE = 8  # one fitted window in this many decides which state is kept
+_ASIDE, _LEAST_ASIDE = 8, 2  # one fitted window in this many, and so many at least, decide which state is kept
 # Step of a number at the height of the schedule, relative to the root mean square of its tensor, for a start that is one nat
 # per token away from the original.
 _RATE = 0.01
@@ -110,6 +110,8 @@ def trainable_routers(source: Source, specs: Sequence[ExpertsSpec]) -> tuple[str
             (passed,) = model.forward([ids_1L], keep=kept)
             _, gradients = model.loss(ids_1L, passed, lambda logits_1LV, _: logits_1LV.float().square().mean(), train=True)
             found = model.backward([ids_1L], kept, [gradients])
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ModelError(
             f"{type(source.model).__name__} cannot be differentiated layer by layer.",
@@ -129,10 +131,10 @@ def trainable_routers(source: Source, specs: Sequence[ExpertsSpec]) -> tuple[str
 
 def check_windows(run: Run) -> None:
     """Raises `DataError` unless there are windows to train on besides those that only measure."""
-    if run.windows_NL is not None and len(run.fitted_NL) < 2:
+    if run.windows_NL is not None and len(run.fitted_NL) <= _LEAST_ASIDE:
         raise DataError(
-            f"`heal.router_steps` needs three calibration windows, and there are {len(run.windows_NL)}.",
-            why="One is held out to measure errors, and one decides whether the routers got better.",
+            f"`heal.router_steps` needs four calibration windows, and there are {len(run.windows_NL)}.",
+            why="One is held out to measure errors, and two decide whether the routers got better.",
             remedy="Give more text, or shorter windows (`calibration.sequence_length`).",
         )
 
@@ -165,7 +167,7 @@ def _train(run: Run, experts: Experts, original: Mapping[str, Tensor]) -> Traine
     assert run.recipe.calibration is not None
     source, steps = run.source, run.recipe.heal.router_steps
     room = run.memory_limit // 2 if run.memory_limit is not None else None
-    aside = max(1, len(run.fitted_NL) // _ASIDE)
+    aside = max(_LEAST_ASIDE, len(run.fitted_NL) // _ASIDE)
     size = run.recipe.calibration.batch_size
     batches, measuring = (part.split(size) for part in (run.fitted_NL[:-aside], run.fitted_NL[-aside:]))
     order = _order(len(batches), steps)
@@ -192,6 +194,8 @@ def _train(run: Run, experts: Experts, original: Mapping[str, Tensor]) -> Traine
     start_N = measured(original)
     before = after = float(start_N.mean())
     for step, batch in enumerate(order, start=1):
+        if before <= 0:  # nothing but rounding
+            break
         ids_BL, kept = batches[batch], Kept(run.work, room)
         (passed,) = model.forward([ids_BL], keep=kept)
         _, gradients = model.loss(ids_BL, passed, divergence[id(ids_BL)], train=True)
@@ -214,8 +218,7 @@ def _is_better(change_N: Tensor) -> bool:
 
     A step of a router sends tokens to other experts, for better or worse, so that most of a small change is chance.
     """
-    spread = float(change_N.std()) if len(change_N) > 1 else 0.0
-    return bool(change_N.mean() + 2 * spread / len(change_N) ** 0.5 < 0)
+    return bool(change_N.mean() + 2 * change_N.std() / len(change_N) ** 0.5 < 0)
 
 
 def _order(batches: int, steps: int) -> list[int]:

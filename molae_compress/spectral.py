@@ -101,8 +101,8 @@ def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra, rate: float) 
     for side, all_of, error_UR in zip(own.sides, module.sides, errors, strict=False):
         # as in the module: that a unit alone might be a bank, whose basis every token reads, is not known yet
         error_UR = error_UR + rate / len(units) * torch.tensor(all_of.work, dtype=error_UR.dtype)
-        count = len(side.curve([0.0] * len(side.ranks)).costs)
-        tables.append((error_UR[:, :count], torch.tensor(side.costs[:count], dtype=torch.float64)))
+        choices = torch.tensor(side.choices)
+        tables.append((error_UR[:, choices], torch.tensor(side.costs, dtype=torch.float64)[choices]))
     return tables
 
 

@@ -49,6 +49,8 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         stored_bytes=quantized[1] if quantized is not None else None,
         ends_bytes=ends,
         evaluated=run.recipe.evaluate is not None,
+        distilled=run.recipe.heal.block_steps > 0,
+        routers=run.recipe.heal.router_steps > 0,
         memory_limit=run.memory_limit,
         max_kl=run.recipe.budget.max_kl,
     )

@@ -172,3 +172,10 @@ def test_healing_needs_text(checkpoint: CheckpointMaker) -> None:
             recipe_for(checkpoint("mixtral"), f"heal.{key}=3", calibrated=False)
         with pytest.raises(RecipeError, match="`method: paper` and `heal"):
             recipe_for(checkpoint("mixtral"), f"heal.{key}=3", "method=paper", calibrated=False)
+
+
+def test_what_follows_an_expert_gets_no_gradient() -> None:
+    norm = torch.nn.RMSNorm(PLAIN.hidden, dtype=torch.float64)
+    dense, seen, shape, start = case("grouped", after=norm)
+    distil(dense, seen, shape, start, 3)
+    assert norm.weight.grad is None

@@ -144,3 +144,19 @@ def test_only_some_tokens_of_a_busy_expert_are_read(monkeypatch: pytest.MonkeyPa
     every, few = ([p_N for _, p_N in samples.sample(0, 12, most) or ()] for most in (None, 20))
     assert len(torch.cat(few)) < len(torch.cat(every))
     assert float(torch.cat(few).sum()) == pytest.approx(1.0)
+
+
+def test_a_layer_that_no_token_reaches_is_left_at_the_closed_form() -> None:
+    dense, seen, shape = layer(), tokens(), grouped(3, 4, 2, 1)
+    nobody = replace(seen, index_TK=torch.full_like(seen.index_TK, 4))
+    plain, other = (solve_layer(dense, nobody, shape, Fit(newton=count), torch.float64) for count in (0, 5))
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_experts_of_a_large_group_are_refined_on_the_basis_of_the_group() -> None:
+    spec = replace(PLAIN, num_experts=8)
+    dense, samples, shape = layer(spec), tokens(800, spec=spec), grouped(6, 4, 8, 1)
+    closed, found = (solve_layer(dense, samples, shape, Fit(newton=count), torch.float64) for count in (0, 5))
+    assert torch.equal(closed["encode.weight"], found["encode.weight"])
+    errors = [layer_error(dense, tensors, shape, samples).relative for tensors in (closed, found)]
+    assert errors[1] < 0.95 * errors[0]

@@ -17,6 +17,7 @@ from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import skeleton
 from molae_compress.checkpoint import Checkpoint
 from molae_compress.planning import LIBRARIES, solver_bytes
+from molae_compress.ranks import Module
 from molae_compress.recipe import Recipe, bundled_recipes
 from molae_compress.tensors import ExpertsSpec
 from tests.conftest import CheckpointMaker
@@ -174,3 +175,12 @@ def test_a_model_of_671_billion_parameters_is_planned_from_its_headers(tmp_path:
     assert 1.3e12 < planned.source_bytes < 1.4e12
     assert 0.59 < planned.parameters / planned.dense_parameters <= 0.6
     assert planned.memory_bytes - planned.activation_bytes < 60e9  # one layer of it, not the model
+
+
+def test_a_projection_may_keep_its_whole_size_where_numbers_are_counted() -> None:
+    spec = ExpertsSpec("experts", 0, 4, 256, 96, top_k=2)
+    recipe = molae.Recipe.load({"molae": 1})
+    for dtype, whole in ((None, True), (torch.bfloat16, False)):
+        for side in Module.of(recipe, spec, dtype).sides:
+            assert (side.costs[side.choices[-1]] >= side.dense) is whole
+            assert [side.costs[k] < side.dense for k in side.choices[:-1]] == [True] * (len(side.choices) - 1)

@@ -185,6 +185,8 @@ def test_a_wrong_key_or_value_is_said_in_one_sentence(content: dict[str, Any], w
         ({"basis": {"down": "dense", "experts_per_output_group": 1}}, ["experts_per_output_group: 1"]),
         ({"gate": {"max_kl": 0.1}}, ["`gate.max_kl: 0.1`", "evaluate"]),
         ({"refit": {"sequential": True}}, ["`refit.sequential: true`", "calibration"]),
+        ({"refit": {"newton": 3, "cores": False}}, ["`refit.newton: 3`", "`refit.cores: false`"]),
+        ({"refit": {"newton": 3}, "basis": {"metric": "input"}}, ["`refit.newton: 3`", "`basis.metric: input`"]),
         ({"method": "paper", "calibration": {"data": "x"}}, ["`method: paper`", "`calibration`", "data-free"]),
         ({"method": "paper", "basis": {"gate_up": "joint"}}, ["`basis.gate_up: joint`", "paper", "separate"]),
         ({"method": "paper", "basis": {"down": "latent"}}, ["`basis.down: latent`", "dense"]),

@@ -216,7 +216,7 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
     with pytest.raises(ModelError, match=r"No router was found beside .*model\.layers\.1\.mlp\.experts"):
         molae.compress_(model, recipe, data=windows())
     assert not hasattr(block.experts, "encode")
-    with pytest.raises(DataError, match="three calibration windows"):
+    with pytest.raises(DataError, match="four calibration windows"):
         molae.compress_(tiny_model("qwen3_moe"), recipe, data=windows()[:2])
     with pytest.raises(RecipeError, match="router_steps"):
         recipe_for(checkpoint("qwen3_moe"), "heal.router_steps=1", calibrated=False)

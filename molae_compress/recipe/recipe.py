@@ -143,6 +143,12 @@ class Recipe(Section):
                 why="Without text nothing tells what a compressed layer does to predictions.",
                 remedy="Add `calibration`, or use `budget.keep`.",
             )
+        if self.refit.newton not in ("auto", 0):
+            why = "The step fits cores to the expert's own tokens and weighs errors at the experts' outputs."
+            if not self.refit.cores:
+                raise exclusive("refit.cores: false", f"refit.newton: {self.refit.newton}", why)
+            if self.basis.metric == "input":
+                raise exclusive("basis.metric: input", f"refit.newton: {self.refit.newton}", why)
         if self.calibration is None and self.refit.sequential:
             raise RecipeError(
                 "`refit.sequential: true` needs calibration text, and the recipe has no `calibration`.",

@@ -208,11 +208,11 @@ class Refit(Section):
     down: bool = Field(
         default=True, description="Refit the down projection on what the compressed first projection really delivers."
     )
-    newton: int = Field(
-        default=5,
-        ge=0,
-        description="Conjugate gradients of the Gauss-Newton step that refines bases and cores of the input side against "
-        "the activation as it is. Each costs a pass over the calibration tokens. 0: the closed form alone.",
+    newton: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="Conjugate gradients of the Gauss-Newton step that refines the input side against the activation as it "
+        "is: bases and cores, or cores alone where more than four experts share a basis. Each costs a pass over the tokens. "
+        "`auto`: 5, or 0 with `cores: false` or `basis.metric: input`. 0: the closed form alone.",
     )
     shrinkage: float = Field(
         default=2.0,

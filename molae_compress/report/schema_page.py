@@ -74,6 +74,7 @@ budget of another kind, and the last one wins.
   `down: dense` and `storage: interpolative`.
 - `basis.down: dense` has no output basis: it excludes `output: combined` and `experts_per_output_group`.
 - `basis.output: combined` needs `experts_per_output_group: all`.
+- `refit.newton` above 0 excludes `cores: false` and `metric: input`.
 - `refit.sequential`, `heal.block_steps` and `heal.router_steps` need `calibration`.
 - `gate` needs `evaluate`.
 - `method: paper` excludes `calibration` and fixes {paper}.

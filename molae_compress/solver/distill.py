@@ -20,7 +20,7 @@ from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import Calibrated
 from molae_compress.tensors import AnyShape, Bank, DenseExperts
 
-_BATCH = 1024  # tokens of one step
+BATCH = 1024  # tokens of one step
 _ASIDE = 16  # one token in this many takes no part in training and decides which state is kept
 _MOST_ASIDE = 8192
 # Step of a number at the height of the schedule, relative to the root mean square of its tensor, for a start whose error is
@@ -76,6 +76,7 @@ def distil(
     }
     banks = {expert: bank for bank in leaves.values() for expert in bank.experts}
     moving = [Moving(bank.tensors[name], gradient) for bank in leaves.values() for name, gradient in bank.gradients.items()]
+    leaves_of_all = [leaf for bank in leaves.values() for leaf in bank.leaves()]  # nothing of the model's own
     best = dict(tensors)
 
     def error(candidate: Mapping[str, Tensor]) -> float:
@@ -90,7 +91,7 @@ def distil(
         exact_TH = _routed(dense, None, some)
         with torch.enable_grad():
             loss = _weighed(some, _routed(dense, banks, some) - exact_TH) / (scale * before)
-        loss.backward()
+        loss.backward(inputs=leaves_of_all)
         for tensor in moving:
             tensor.step_(step, _RATE * before**0.5 * schedule(step, steps))
         if step == steps or step % max(1, steps // _MEASUREMENTS) == 0:
@@ -122,10 +123,10 @@ def _batches(tokens: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     left_T = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(left_T) < min(_BATCH, tokens):
+        while len(left_T) < min(BATCH, tokens):
             left_T = torch.cat([left_T, torch.randperm(tokens, generator=generator)])
-        yield left_T[:_BATCH].sort().values  # ascending, as they lie on disk
-        left_T = left_T[_BATCH:]
+        yield left_T[:BATCH].sort().values  # ascending, as they lie on disk
+        left_T = left_T[BATCH:]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -185,6 +186,10 @@ class _Leaves(Packed):
                 # an expert that nobody speaks for must not have its basis moved by its neighbours
                 seen = bool((counts_E[list(experts)] > 0).all())
                 self._bases[stem, group] = _leaf(weight[rows], gradient[rows]) if seen else weight[rows]
+
+    def leaves(self) -> list[Tensor]:
+        """Everything that trains."""
+        return [leaf for leaf in (*self._cores.values(), *self._bases.values()) if leaf.requires_grad]
 
     def core(self, stem: str, expert: int) -> Tensor:
         """See `Packed`."""

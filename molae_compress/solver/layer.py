@@ -24,9 +24,8 @@ from molae_compress.solver.population import Calibrated, Population
 from molae_compress.solver.refit import output_metric, refit_core, refit_down, right_inverse
 from molae_compress.tensors import AnyShape, DenseExperts, LatentShape
 
-_TOGETHER = (
-    4  # experts of a group whose basis is refined with their cores: so many float32 cores are in memory several times
-)
+# Experts of a group whose basis is refined with their cores: so many cores are in memory several times in float32.
+_TOGETHER = 4
 _BLOCK = 1024  # rows of a matrix of moments that are added to at a time
 
 
@@ -122,7 +121,7 @@ def solve_layer(
         population: what is known of the experts' inputs.
         shape: form, ranks and groups, of one bank or several; group sizes divide the experts of a bank, ranks are at most H.
         fit: options of the fit.
-        dtype: of the result; cores are fitted to bases already rounded to it.
+        dtype: of the result; the closed form of cores is fitted to bases already rounded to it.
 
     Returns:
         tensors named and shaped as `shape.tensors(dense.spec)`, floats in `dtype`, on the device of the weights.

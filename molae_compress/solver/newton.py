@@ -96,16 +96,16 @@ def refined(
         rows: for each branch an index of the rows of the first projection that it makes.
         closed: the closed form, in one dtype of float32 or wider.
         covariance_HH: of the group's inputs, positive definite, float64.
-        ridge: rho, below 1.
+        ridge: rho; 1 says that nothing is known.
         iterations: of conjugate gradients; each sends the tokens of the group through its experts once and back.
         keep_bases: only cores change, so that the experts of a large group can be refined one by one.
     """
-    if population.sample(group[0], dense.spec.rows) is None:
+    if ridge >= 1 or population.sample(group[0], dense.spec.rows) is None:
         return closed
     level = ridge / (1 - ridge) * float(covariance_HH.diagonal().mean())
     problem = _Problem(dense, population, group, rows, level, keep_bases)
     before, gradient, metric_EJ = problem.gradient(closed)
-    precondition = _Preconditioner(closed, metric_EJ, rows, covariance_HH)
+    precondition = _Preconditioner(closed, metric_EJ, rows, covariance_HH, keep_bases)
     step, left = closed.zeros(), closed.zeros().plus(gradient, -1.0)
     direction = closer = precondition(left)
     size = left.dot(closer)
@@ -251,23 +251,35 @@ def _latent(side: InputSide, x_NH: Tensor) -> list[Tensor]:
 class _Preconditioner:
     """Inverse of the curvature as if slopes did not depend on inputs: a Kronecker product for every basis and core."""
 
-    def __init__(self, at: InputSide, metric_EJ: Tensor, rows: Sequence[Tensor | slice], covariance_HH: Tensor) -> None:
+    def __init__(
+        self,
+        at: InputSide,
+        metric_EJ: Tensor,
+        rows: Sequence[Tensor | slice],
+        covariance_HH: Tensor,
+        keep_bases: bool,
+    ) -> None:
         work, lifted_EJ = at.bases[0].dtype, metric_EJ + _DAMPING * metric_EJ.mean() + torch.finfo(metric_EJ.dtype).tiny
-        self._root_HH = cholesky(covariance_HH).to(work)
         self._metrics = [lifted_EJ[:, each] for each in rows]  # [E,X] of each branch
         self._latent = [cholesky(b_RH.double() @ covariance_HH @ b_RH.double().T).to(work) for b_RH in at.bases]
-        self._cores = []
-        for cores, metric_EX in zip(at.cores, self._metrics, strict=True):
-            grams = [(a_XR.T * metric_X) @ a_XR for a_XR, metric_X in zip(cores, metric_EX, strict=True)]
-            sum_RR = torch.stack(grams).sum(0).double()
+        self._keep_bases, self._cores = keep_bases, list[Tensor]()
+        if keep_bases:
+            return
+        self._root_HH = cholesky(covariance_HH).to(work)
+        for b_RH, cores, metric_EX in zip(at.bases, at.cores, self._metrics, strict=True):
+            sum_RR = torch.zeros(len(b_RH), len(b_RH), dtype=torch.float64, device=b_RH.device)
+            for a_XR, metric_X in zip(cores, metric_EX, strict=True):
+                sum_RR += (a_XR.T * metric_X) @ a_XR
             sum_RR.diagonal().add_(_DAMPING * sum_RR.diagonal().mean())
             self._cores.append(cholesky(sum_RR).to(work))
 
     def __call__(self, change: InputSide) -> InputSide:
-        bases = [
-            torch.cholesky_solve(torch.cholesky_solve(b_RH, root_RR).T, self._root_HH).T
-            for b_RH, root_RR in zip(change.bases, self._cores, strict=True)
-        ]
+        bases = change.bases  # of zeros
+        if not self._keep_bases:
+            bases = [
+                torch.cholesky_solve(torch.cholesky_solve(b_RH, root_RR).T, self._root_HH).T
+                for b_RH, root_RR in zip(change.bases, self._cores, strict=True)
+            ]
         cores = [
             [
                 torch.cholesky_solve((a_XR / metric_X[:, None]).T, root_RR).T
