@@ -4,7 +4,8 @@
     python benchmarks/memory.py --layers 2 6 --stages
     python benchmarks/memory.py --json               # for a program
 
-Qwen3-MoE checkpoints of random bf16 weights are written tensor by tensor, so that they are never in memory. Each is then
+Qwen3-MoE checkpoints of random bf16 weights are written tensor by tensor, so that they are never in memory; experts have
+falling spectra, so that all layers are compressed alike and none is left dense. Each is then
 compressed by the default recipe in a process of its own, whose largest resident size the system itself has kept (VmHWM).
 Goals: the peaks differ by less than 10 %, and beyond what the process takes after planning and the plan's stated
 activations a run needs less than 3 times the bytes of one dense decoder layer.
@@ -69,6 +70,9 @@ def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, inter
             generator = torch.Generator().manual_seed(seed)
             values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
             values = values + 1 if "norm" in name else values
+            if ".experts." in name:
+                falling_H = torch.arange(1, hidden + 1) ** -0.5
+                values = values * (falling_H[:, None] if "down" in name else falling_H)
             yield values.bfloat16().view(torch.uint8).numpy().tobytes()
 
         sources.append(TensorSource(name, "BF16", tuple(tensor.shape), chunks))

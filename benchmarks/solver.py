@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from molae_compress.solver.layer import Fit, solve_layer
+from molae_compress.solver.layer import solve_layer
 from molae_compress.solver.population import Calibrated
+from molae_compress.solver.spectra import Fit
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 
 GOAL = 2.0

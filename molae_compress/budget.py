@@ -12,7 +12,7 @@ from molae_compress.ranks import KERNEL_STEP, Module, full_ranks, ranked, templa
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
 from molae_compress.solver.allocate import at_lowest_price
-from molae_compress.solver.layer import LayerSpectra
+from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.spectral import by_spectrum
 from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentShape
 

@@ -22,13 +22,14 @@ from molae_compress.budget import Shapes, shapes_for, with_keep
 from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
-from molae_compress.ranks import template
+from molae_compress.ranks import template, tries_pairs
 from molae_compress.recipe import Recipe
 from molae_compress.solver.distill import distil
-from molae_compress.solver.layer import Fit, LayerError, LayerSpectra, measure_spectra, solve_layer
+from molae_compress.solver.layer import LayerError, solve_layer
 from molae_compress.solver.population import Calibrated, Uninformed
+from molae_compress.solver.spectra import Fit, LayerSpectra, measure_spectra
 from molae_compress.source import Source, chosen
-from molae_compress.spectral import comparable, scaled
+from molae_compress.spectral import comparable
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import HeldOut, ResidualStream, StandIn, observed, stand_in
 from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
@@ -181,20 +182,18 @@ class Run:
             assert self.work is not None
             tensors, info = self.work.load(OBSERVE, name)
             unseen |= {name} if info["unseen"] else set()
-            branches = tuple(tensors[f"input.{branch}"] for branch in range(len(tensors) - 1))
-            spectra[name] = LayerSpectra(branches, tensors["output"])
+            spectra[name] = LayerSpectra.of_tensors(tensors)
 
         def observe(turn: Turn) -> None:
             spec = turn.spec
-            found = measure_spectra(turn.dense, turn.population, template(self.recipe, spec), self.fit)
-            found = LayerSpectra(tuple(part.cpu() for part in found.input_GM), found.output_GM.cpu())
-            found = found if turn.effect is None else scaled(found, turn.effect.gain())
+            shape, free = template(self.recipe, spec), self.needs_spectra()  # which also say who shares a basis
+            cluster, pairs = free and self.recipe.basis.cluster, free and tries_pairs(self.recipe, spec)
+            found = measure_spectra(turn.dense, turn.population, shape, self.fit, cluster=cluster, pairs=pairs)
+            found = found.scaled(turn.effect.gain() if turn.effect is not None else 1.0)
             spectra[spec.name] = found
             unseen.update({spec.name} if isinstance(turn.population, Uninformed) else ())
             if self.work is not None:
-                parts = {f"input.{branch}": part for branch, part in enumerate(found.input_GM)}
-                info = {"unseen": spec.name in unseen}
-                self.work.commit(OBSERVE, spec.name, {**parts, "output": found.output_GM}, info)
+                self.work.commit(OBSERVE, spec.name, found.tensors(), {"unseen": spec.name in unseen})
             self.progress(OBSERVE, len(spectra), len(self.specs))
 
         self.progress(OBSERVE, len(spectra), len(self.specs))
@@ -203,6 +202,7 @@ class Run:
 
     def solve_layers(self, shapes: Shapes) -> None:
         """Second pass: bases, then cores, layer by layer; finished modules go to the work directory or to `finished`."""
+        _return_memory()  # that of the spectra, and of what chose the ranks
         latent = {name: shape for name, shape in shapes.items() if shape is not None}
         done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
         idle = {spec.name for spec in self.specs if spec.name not in latent}

@@ -17,6 +17,7 @@ from molae_compress.errors import human_bytes
 from molae_compress.operations import active_bytes, operations
 from molae_compress.prediction import Choice, Prediction
 from molae_compress.solver.distill import BATCH as TRAINED_TOKENS
+from molae_compress.solver.newton import KEPT
 from molae_compress.solver.population import ROWS
 from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
 
@@ -247,11 +248,11 @@ def solver_bytes(spec: ExpertsSpec) -> int:
     Slope moments and metric [J,J] in float64 and float32 and two moments of intermediates [I,I] in float64, or the eight
     [I,I] of a refit of the second projection (more if there is no gate), or eight vectors of a Gauss-Newton step with the
     cores of two experts and their basis in float32; input moments [H,H] in float64; the expert's first projection twice in
-    float32; one part of its tokens with what is computed from them on the way to the slopes.
+    float32; one part of its tokens with what is computed from them on the way to the slopes; rows kept between iterations.
     """
     H, I, J = spec.hidden, spec.intermediate, spec.rows
     matrices = max(J * J * (8 + 4) + 2 * I * I * 8, 8 * I * I * 8, 8 * min(H, 2 * J) * (H + 2 * J) * 4) + 4 * H * H * 8
-    return matrices + 2 * J * H * 4 + ROWS * (6 * J + 2 * H) * 4
+    return matrices + 2 * J * H * 4 + ROWS * (6 * J + 2 * H) * 4 + KEPT
 
 
 def training_bytes(spec: ExpertsSpec, shape: AnyShape | None) -> int:

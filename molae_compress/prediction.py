@@ -14,7 +14,7 @@ from itertools import pairwise
 from molae_compress.budget import Shapes
 from molae_compress.recipe import Recipe
 from molae_compress.solver.allocate import tail_errors
-from molae_compress.solver.layer import LayerSpectra
+from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.spectral import unit_scales
 from molae_compress.tensors import AnyShape, ExpertsSpec
 
@@ -117,10 +117,12 @@ def spectral_error(recipe: Recipe, spec: ExpertsSpec, spectra: LayerSpectra, sha
     """The energies that the ranks of a shape leave out on both sides, summed; what water-filling counts."""
     if shape is None:
         return 0.0
-    scales, total = unit_scales(recipe, spectra), 0.0
+    if shape.banks(spec)[0].shape.input_group != spectra.group:
+        spectra = spectra.in_pairs()
+    scales, total, place_E = unit_scales(recipe, spectra), 0.0, spectra.order_E.argsort().tolist()
     for bank in shape.banks(spec):
-        groups_in = sorted({expert // bank.shape.input_group for expert in bank.experts})
-        groups_out = sorted({expert // bank.shape.output_group for expert in bank.experts})
+        groups_in = sorted({place_E[expert] // bank.shape.input_group for expert in bank.experts})
+        groups_out = sorted({place_E[expert] // bank.shape.output_group for expert in bank.experts})
         total += scales[0] * sum(tail_errors(part[groups_in], [bank.shape.rank_in])[0] for part in spectra.input_GM)
         if bank.shape.rank_out is not None:
             total += scales[1] * tail_errors(spectra.output_GM[groups_out], [bank.shape.rank_out])[0]

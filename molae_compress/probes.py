@@ -23,7 +23,7 @@ from molae_compress.errors import DataError, ModelError, RecipeError
 from molae_compress.evaluation import check_predicts, compared, predicted
 from molae_compress.planning import Plan
 from molae_compress.prediction import Choice, Forecast, Prediction, Probe, spectral_error
-from molae_compress.solver.layer import LayerSpectra
+from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.stream import stand_in
 from molae_compress.summary import plan_of
 from molae_compress.tensors import DenseExperts

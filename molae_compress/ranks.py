@@ -23,8 +23,18 @@ _STEPS = 32  # an automatic alignment leaves at least this many ranks to choose 
 _SHARE = 8  # of a price on operations: up to it the share that every side keeps rises with the price, so as to spend all
 
 
-def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
+def tries_pairs(recipe: Recipe, spec: ExpertsSpec) -> bool:
+    """Whether measured spectra are to say if two experts of a module share an input basis, or each has its own."""
+    shape = template(recipe, spec)
+    alone = recipe.basis.experts_per_input_group == "auto" and shape.input_group == shape.output_group == 1
+    return alone and spec.num_experts % 2 == 0 and spec.num_experts > 2
+
+
+def template(recipe: Recipe, spec: ExpertsSpec, input_group: int | None = None) -> LatentShape:
     """Form, groups, branches and storage that a recipe means for a module; its ranks are placeholders.
+
+    Args:
+        input_group: experts to an input basis, where measurement has chosen it.
 
     Raises:
         RecipeError: a group size that does not divide the experts, or a form the module cannot have.
@@ -37,10 +47,8 @@ def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
             why="The layer form sums experts before they are decoded.",
             remedy="Use `basis.profile: quality`.",
         )
-    # with fewer rows than H, two experts can share a basis that costs hardly more than one of either alone
-    few = 2 if spec.rows < spec.hidden and spec.num_experts % 2 == 0 else 1
     paper = max(size for size in range(1, 5) if spec.num_experts % size == 0)
-    auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else few
+    auto_in = spec.num_experts if serving else paper if recipe.method == "paper" else 1
     auto_out = spec.num_experts if serving or basis.output == "combined" else 1
     storage = basis.storage
     if storage == "auto":
@@ -49,7 +57,7 @@ def template(recipe: Recipe, spec: ExpertsSpec) -> LatentShape:
         form="layer" if serving else "grouped",
         rank_in=1,
         rank_out=None if basis.down == "dense" else 1,
-        input_group=_group(basis.experts_per_input_group, auto_in, "input", spec),
+        input_group=input_group or _group(basis.experts_per_input_group, auto_in, "input", spec),
         output_group=_group(basis.experts_per_output_group, auto_out, "output", spec),
         gate_up="joint" if not spec.has_gate else basis.gate_up,
         storage=storage,
@@ -185,9 +193,9 @@ class Module:
     among: int
 
     @classmethod
-    def of(cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None) -> Module:
+    def of(cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None, input_group: int | None = None) -> Module:
         """A whole module; counts numbers, or bytes if `dtype` is given."""
-        shape = template(recipe, spec)
+        shape = template(recipe, spec, input_group)
         return cls.with_ranks(spec, shape, dtype, *_ranks(recipe, spec, shape), spec.num_experts)
 
     def with_experts(self, count: int) -> Module:

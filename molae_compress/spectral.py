@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,18 +14,22 @@ from molae_compress.operations import dense_multiply_adds
 from molae_compress.ranks import Module, ranked, smaller
 from molae_compress.recipe import Recipe
 from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
-from molae_compress.solver.layer import LayerSpectra
+from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
+_WORTH = 0.9  # of the error, below which experts share a basis: it costs operations, and the refinement gains less by it
 _BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Experts of one module that are to have the same ranks, and what each rank costs and loses on each side."""
+    """Experts of one module that are to have the same ranks, and what each rank costs and loses on each side.
+
+    Its experts are told by their places in the order of the spectra, in which groups are neighbours.
+    """
 
     module: Module
-    experts: tuple[int, ...]
+    places: tuple[int, ...]
     curves: tuple[Curve, ...]
 
     def shape(self, picks: Sequence[int]) -> LatentShape:
@@ -32,17 +37,48 @@ class _Part:
         return ranked(self.module.shape, *(curve.ranks[pick] for curve, pick in zip(self.curves, picks, strict=True)))
 
 
+@dataclass(frozen=True)
+class _Allocation:
+    """Shapes of some modules, and what the ranks of each cost and lose in all."""
+
+    shapes: list[AnyShape | None]
+    costs: list[int]
+    errors: list[float]
+
+
 def by_spectrum(
     recipe: Recipe, modules: Sequence[Module], spectra: Sequence[LayerSpectra], amount: int, price: float = 0.0
 ) -> list[AnyShape | None] | None:
     """Water-filling over all modules, banks and sides, every curve in one unit of error.
 
-    Banks first: units of experts (as many as share a basis on either side) are put together with those of their layer that
-    would get ranks of about the same cost if each had ranks of its own. A bank then is given ranks like a layer.
+    Where spectra of pairs are known, the experts of a module share bases in pairs if this would lose less for what the
+    module gets without.
     With a price, operations count as errors do: all those of the dense experts as `price` times the whole energy.
     """
-    pairs = list(zip(modules, spectra, strict=True))
     rate = price and price * _energy(recipe, spectra) / sum(sum(dense_multiply_adds(module.spec)) for module in modules)
+    single = _allocated(recipe, modules, spectra, amount, rate)
+    if single is None or all(found.paired_E is None for found in spectra):
+        return single.shapes if single is not None else None
+    chosen: list[tuple[Module, LayerSpectra]] = []
+    for module, found, cost, error in zip(modules, spectra, single.costs, single.errors, strict=True):
+        chosen.append((module, found))
+        if found.paired_E is not None:
+            pairs = Module.of(recipe, module.spec, module.dtype, input_group=2), found.in_pairs()
+            shared = _allocated(recipe, [pairs[0]], [pairs[1]], cost, rate)
+            chosen[-1] = pairs if shared is not None and shared.errors[0] < _WORTH * error else chosen[-1]
+    mixed = _allocated(recipe, [module for module, _ in chosen], [found for _, found in chosen], amount, rate)
+    return mixed.shapes if mixed is not None and sum(mixed.errors) < sum(single.errors) else single.shapes
+
+
+def _allocated(
+    recipe: Recipe, modules: Sequence[Module], spectra: Sequence[LayerSpectra], amount: int, rate: float
+) -> _Allocation | None:
+    """Ranks for modules with their groups; None if the lowest cost too much.
+
+    Banks first: units of experts (as many as share a basis on either side) are put together with those of their layer that
+    would get ranks of about the same cost if each had ranks of its own. A bank then is given ranks like a layer.
+    """
+    pairs = list(zip(modules, spectra, strict=True))
     layers = [[_part(recipe, module, found, range(module.spec.num_experts), rate)] for module, found in pairs]
     if (banks := _bank_count(recipe)) > 1:
         tables = [table for module, found in pairs for table in _tables(recipe, module, found, rate)]
@@ -53,16 +89,20 @@ def by_spectrum(
                 units = _units(module)
                 for_bank = partition(taken_U.tolist(), banks)
                 together = [sorted(expert for unit in members for expert in units[unit]) for members in for_bank]
-                layers[place] = [_part(recipe, module, found, experts, rate) for experts in together]
+                layers[place] = [_part(recipe, module, found, places, rate) for places in together]
     curves = [curve for parts in layers for part in parts for curve in part.curves]
     picks = allocate(curves, amount)
     if picks is None:
         return None
-    chosen = iter(picks)
-    return [
-        _joined(module, [(part, part.shape([next(chosen) for _ in part.curves])) for part in parts])
-        for module, parts in zip(modules, layers, strict=True)
-    ]
+    chosen, shapes, costs, errors = iter(picks), [], [], []
+    for (module, found), parts in zip(pairs, layers, strict=True):
+        taken = [[next(chosen) for _ in part.curves] for part in parts]
+        shaped = [(part, part.shape(each)) for part, each in zip(parts, taken, strict=True)]
+        shapes.append(_joined(module, shaped, found))
+        flat = list(zip((curve for part in parts for curve in part.curves), chain(*taken), strict=True))
+        costs.append(sum(curve.costs[k] for curve, k in flat))
+        errors.append(sum(curve.errors[k] for curve, k in flat))
+    return _Allocation(shapes, costs, errors)
 
 
 def _bank_count(recipe: Recipe) -> int:
@@ -106,11 +146,13 @@ def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra, rate: float) 
     return tables
 
 
-def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, experts: Sequence[int], rate: float) -> _Part:
-    own = module.with_experts(len(experts))
-    groups_in = sorted({expert // module.shape.input_group for expert in experts})
-    groups_out = sorted({expert // module.shape.output_group for expert in experts})
-    found = LayerSpectra(tuple(part[groups_in] for part in spectra.input_GM), spectra.output_GM[groups_out])
+def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, places: Sequence[int], rate: float) -> _Part:
+    own = module.with_experts(len(places))
+    groups_in = sorted({place // module.shape.input_group for place in places})
+    groups_out = sorted({place // module.shape.output_group for place in places})
+    found = LayerSpectra(
+        tuple(part[groups_in] for part in spectra.input_GM), spectra.output_GM[groups_out], spectra.order_E[list(places)]
+    )
     scales = unit_scales(recipe, spectra)
     errors = _errors(found, scales, own.sides[0].ranks, own.sides[-1].ranks)
     sides = [[a + b for a, b in zip(*errors, strict=True)]] if module.shape.form == "layer" else list(errors)
@@ -118,22 +160,19 @@ def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, experts: Sequen
         side.curve([error + rate * work for error, work in zip(lost, side.work, strict=True)])
         for side, lost in zip(own.sides, sides, strict=False)
     )
-    return _Part(own, tuple(experts), curves)
+    return _Part(own, tuple(places), curves)
 
 
-def _joined(module: Module, parts: Sequence[tuple[_Part, LatentShape]]) -> AnyShape | None:
+def _joined(module: Module, parts: Sequence[tuple[_Part, LatentShape]], spectra: LayerSpectra) -> AnyShape | None:
     """The shape of a whole module; banks of the same ranks become one."""
     members: dict[LatentShape, list[int]] = {}
     for part, shape in parts:
-        members[shape] = sorted([*members.get(shape, ()), *part.experts])
-    if len(members) == 1:
+        members[shape] = sorted([*members.get(shape, ()), *part.places])
+    order = spectra.order_E.tolist()
+    if len(members) == 1 and order == sorted(order):
         return smaller(module.spec, next(iter(members)))
-    return smaller(module.spec, BankedShape(tuple(tuple(experts) for experts in members.values()), tuple(members)))
-
-
-def scaled(found: LayerSpectra, factor: float) -> LayerSpectra:
-    """Spectra with every energy multiplied."""
-    return LayerSpectra(tuple(part * factor for part in found.input_GM), found.output_GM * factor)
+    banks = tuple(tuple(order[place] for place in places) for places in members.values())
+    return smaller(module.spec, BankedShape(banks, tuple(members)))
 
 
 def comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> dict[str, LayerSpectra]:
@@ -144,7 +183,7 @@ def comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> 
 
     measured = [total(found) for name, found in spectra.items() if name not in unseen]
     scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
-    return {name: scaled(found, scales[name]) if name in scales else found for name, found in spectra.items()}
+    return {name: found.scaled(scales.get(name, 1.0)) for name, found in spectra.items()}
 
 
 def unit_scales(recipe: Recipe, spectra: LayerSpectra) -> tuple[float, float]:

@@ -14,9 +14,10 @@ import molae_compress as molae
 from molae_compress.errors import RecipeError
 from molae_compress.solver import distill
 from molae_compress.solver.distill import distil
-from molae_compress.solver.layer import Fit, layer_error, solve_layer
+from molae_compress.solver.layer import layer_error, solve_layer
 from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import Calibrated
+from molae_compress.solver.spectra import Fit
 from molae_compress.tensors import AnyShape, BankedShape, DenseExperts, ExpertsSpec, LatentShape
 from tests.conftest import CheckpointMaker
 from tests.runs import bits, recipe_for, same_every_time, tensors_in

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from molae_compress.solver.layer import Fit, layer_error, solve_layer
+from molae_compress.solver import newton
+from molae_compress.solver.layer import layer_error, solve_layer
 from molae_compress.solver.newton import InputSide, _Problem, refined
 from molae_compress.solver.packing import branch_rows
 from molae_compress.solver.population import Calibrated, Uninformed
+from molae_compress.solver.spectra import Fit
 from molae_compress.tensors import DenseExperts, ExpertsSpec, LatentShape
 from tests.test_solver import OSS, PLAIN, UNGATED, H, grouped, layer, normal, tokens
 
@@ -69,8 +71,9 @@ def residuals(problem: _Problem, side: InputSide, metric_EJ: Tensor) -> Tensor:
 def test_gradient_and_curvature_are_those_of_the_objective(spec: ExpertsSpec, gate_up: str, group: list[int]) -> None:
     dense, rows = layer(spec), rows_of(spec, gate_up)
     samples = tokens(30)
-    problem, side = _Problem(dense, samples, group, rows, LEVEL), near(dense, group, rows, samples)
-    value, gradient, metric_EJ = problem.gradient(side)
+    side = near(dense, group, rows, samples)
+    problem = _Problem(dense, samples, group, rows, side, LEVEL)
+    value, gradient, metric_EJ = problem.gradient()
 
     def all_residuals(*parts: Tensor) -> Tensor:
         return residuals(problem, like(side, list(parts)), metric_EJ)
@@ -86,7 +89,7 @@ def test_gradient_and_curvature_are_those_of_the_objective(spec: ExpertsSpec, ga
 
     torch.testing.assert_close(flat(gradient), jacobian.T @ r_X, rtol=1e-8, atol=1e-10)
     change = like(side, [normal(*part.shape, seed=9 + number) for number, part in enumerate(parts)])
-    curved = problem.curvature(side, metric_EJ, change)
+    curved = problem.curvature(metric_EJ, change)
     torch.testing.assert_close(flat(curved), jacobian.T @ (jacobian @ flat(change)), rtol=1e-8, atol=1e-10)
 
 
@@ -94,8 +97,8 @@ def test_gradient_and_curvature_are_those_of_the_objective(spec: ExpertsSpec, ga
 def test_the_step_lowers_the_objective(spec: ExpertsSpec, gate_up: str, group: list[int]) -> None:
     dense, rows, samples = layer(spec), rows_of(spec, gate_up), tokens(60)
     side, covariance_HH = near(dense, group, rows, samples), samples.covariance(group, 0.3)
-    problem = _Problem(dense, samples, group, rows, 0.3 / 0.7 * float(covariance_HH.diagonal().mean()))
-    before, _, metric_EJ = problem.gradient(side)
+    problem = _Problem(dense, samples, group, rows, side, 0.3 / 0.7 * float(covariance_HH.diagonal().mean()))
+    before, _, metric_EJ = problem.gradient()
     found = [
         problem.objective(refined(dense, samples, group, rows, side, covariance_HH, 0.3, count), metric_EJ)
         for count in (1, 3, 30)
@@ -137,6 +140,17 @@ def test_an_expert_without_tokens_is_refined_on_those_of_the_layer() -> None:
     pool = Calibrated(seen.x_TH, torch.zeros_like(seen.index_TK[:, :1]), seen.gate_TK[:, :1], seen.token_T, 4)
     errors = [layer_error(dense, fit, shape, pool).relative for fit in fits]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("kept", [0, 700])
+def test_what_is_computed_again_is_the_same(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, rows, group = layer(), rows_of(layer().spec, "joint"), [0, 1, 2]
+    samples = tokens(60)
+    side, covariance_HH = near(dense, group, rows, samples), samples.covariance(group, 0.3)
+    expected = refined(dense, samples, group, rows, side, covariance_HH, 0.3, 3)
+    monkeypatch.setattr(newton, "KEPT", kept)
+    found = refined(dense, samples, group, rows, side, covariance_HH, 0.3, 3)
+    assert all(torch.equal(*pair) for pair in zip(found.parts(), expected.parts(), strict=True))
 
 
 def test_only_some_tokens_of_a_busy_expert_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,15 @@ from torch import Tensor
 from molae_compress.solver import layer as solver_layer
 from molae_compress.solver import population as solver_population
 from molae_compress.solver import reference
+from molae_compress.solver import spectra as solver_spectra
 from molae_compress.solver.allocate import Curve, allocate, at_lowest_price, bought, partition, tail_errors, tails_at
 from molae_compress.solver.basis import Stack, interpolated, interpolative, orthonormal_rows
-from molae_compress.solver.layer import Fit, layer_error, measure_spectra, solve_layer
+from molae_compress.solver.layer import layer_error, solve_layer
 from molae_compress.solver.moments import Moments, cholesky, ridged
 from molae_compress.solver.packing import Packed
 from molae_compress.solver.population import Calibrated, Population, Uninformed
 from molae_compress.solver.refit import refit_core, refit_down, right_inverse
+from molae_compress.solver.spectra import Fit, measure_spectra
 from molae_compress.tensors import AnyShape, BankedShape, DenseExperts, ExpertsSpec, LatentShape
 
 E, H, I, K = 4, 16, 6, 2
@@ -636,7 +638,8 @@ def test_tokens_in_parts_give_what_they_give_at_once(case: str, monkeypatch: pyt
 
     whole = results()
     monkeypatch.setattr(solver_population, "ROWS", 7)
-    monkeypatch.setattr(solver_layer, "_BLOCK", 5)
+    for module in (solver_layer, solver_spectra):
+        monkeypatch.setattr(module, "BLOCK", 5)
     parts, again = results(), results()
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
     assert all(close(a, b, 1e-9) for a, b in zip(parts, whole, strict=True))

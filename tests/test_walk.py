@@ -17,7 +17,7 @@ from molae_compress.calibration.replay import Given, Gone, Passed, packed, unpac
 from molae_compress.calibration.walk import LayerArguments, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.errors import ModelError
-from molae_compress.solver.layer import LayerSpectra
+from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.source import DiskSource, LiveSource, Source
 from molae_compress.spectral import comparable
 from molae_compress.stream import ResidualStream, forwarded, observed
@@ -325,7 +325,7 @@ def test_nothing_is_computed_or_stored_after_the_last_layer(
 
 def test_a_module_measured_without_data_counts_as_an_average_one() -> None:
     def spectra(size: float) -> LayerSpectra:
-        return LayerSpectra((torch.full((2, 4), size), torch.full((2, 4), size)), torch.full((1, 8), size))
+        return LayerSpectra((torch.full((2, 4), size), torch.full((2, 4), size)), torch.full((1, 8), size), torch.arange(2))
 
     found = comparable({"a": spectra(1.0), "b": spectra(3.0), "c": spectra(100.0)}, {"c"})
     assert {name: float(one.output_GM.sum() + sum(part.sum() for part in one.input_GM)) for name, one in found.items()} == {

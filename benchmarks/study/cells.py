@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KEEPS, SEEDS = (0.75, 0.6, 0.5), (0, 1, 2)
 DOCS = ("python-docs:calibration", "python-docs:heldout")
 GRAPHS = ("graph-theory:calibration", "graph-theory:heldout")
+_ASIDE = ("cli", "export", "kernels", "report")  # of the package, what no figure follows from
 EVAL = ("eval/wikitext2-valid.txt", "eval/textbooks.txt", "eval/novel.txt")
 
 
@@ -195,10 +196,10 @@ def identity(study: Study, protocol: Protocol, model: Path, text_sha256: Mapping
 
 
 def code_fingerprint() -> str:
-    """SHA-256 of the code that figures follow from, comments, docstrings and the command line left out."""
+    """SHA-256 of the code that figures follow from, comments and docstrings left out."""
     package, benchmarks = ROOT / "molae_compress", ROOT / "benchmarks"
     measuring = [benchmarks / "study" / f"{name}.py" for name in ("measure", "texts")]
-    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "cli"]
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in _ASIDE]
     digest = hashlib.sha256()
     for path in sorted([*files, *(benchmarks / "baselines").glob("*.py"), *measuring]):
         tree = ast.parse(path.read_text(encoding="utf-8"))

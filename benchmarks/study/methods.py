@@ -51,6 +51,7 @@ ABLATIONS = {
     "basis.gate_up=separate": "gate and up each with a basis",
     "basis.down=dense": "down projection left dense",
     "basis.experts_per_input_group=2": "input bases shared by 2 experts",
+    "basis.experts_per_input_group=2 basis.cluster=false": "the same, of neighbours instead of experts that are alike",
     "basis.experts_per_input_group=4": "input bases shared by 4 experts",
     "basis.experts_per_input_group=all": "one input basis a layer",
     "basis.experts_per_output_group=2": "output bases shared by 2 experts",

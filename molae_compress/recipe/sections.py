@@ -87,11 +87,16 @@ class Basis(Section):
     )
     experts_per_input_group: Literal["auto", "all"] | Count = Field(
         default="auto",
-        description="Experts that share an input basis. `auto`: for quality 1, or 2 if each reads more than it has rows; "
-        "`all` for serving; for `method: paper` 4, or the largest divisor of the number of experts below 4.",
+        description="Experts that share an input basis. `auto`: for quality 1 or 2, layer by layer whichever loses less by "
+        "its spectra (1 without spectra); `all` for serving; for `method: paper` 4, or the largest divisor of the number "
+        "of experts below 4.",
     )
     experts_per_output_group: Literal["auto", "all"] | Count = Field(
         default="auto", description="Experts that share an output basis. `auto`: 1 for quality, `all` for serving."
+    )
+    cluster: bool = Field(
+        default=True,
+        description="Whether groups are of experts that read alike; otherwise of neighbours, as without measured spectra.",
     )
     down: Literal["latent", "dense"] = Field(
         default="latent", description="Whether the second (down) projection is compressed too or left at full width."

@@ -15,7 +15,8 @@ Shape suffixes: N rows of one sample, X rows of one input branch; the rest as in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from molae_compress.tensors import DenseExperts
 # An expert's tokens beyond this multiple of the sizes of its first projection hardly change the step (docs/method.md).
 _TOKENS = 16
 _SHARES = (1.0, 0.5, 0.25)  # of the step, tried in turn
+KEPT = 64 * 2**20  # bytes at most of what every iteration reads again; what is more than that is computed again
 _DAMPING = 1e-3  # of what preconditions, as a share of its mean diagonal
 _TINY = 1e-300
 
@@ -103,14 +105,14 @@ def refined(
     if ridge >= 1 or population.sample(group[0], dense.spec.rows) is None:
         return closed
     level = ridge / (1 - ridge) * float(covariance_HH.diagonal().mean())
-    problem = _Problem(dense, population, group, rows, level, keep_bases)
-    before, gradient, metric_EJ = problem.gradient(closed)
+    problem = _Problem(dense, population, group, rows, closed, level, keep_bases)
+    before, gradient, metric_EJ = problem.gradient()
     precondition = _Preconditioner(closed, metric_EJ, rows, covariance_HH, keep_bases)
     step, left = closed.zeros(), closed.zeros().plus(gradient, -1.0)
     direction = closer = precondition(left)
     size = left.dot(closer)
     for _ in range(iterations):
-        curved = problem.curvature(closed, metric_EJ, direction)
+        curved = problem.curvature(metric_EJ, direction)
         length = size / max(direction.dot(curved), _TINY)
         step, left = step.plus(direction, length), left.plus(curved, -length)
         closer = precondition(left)
@@ -123,12 +125,37 @@ def refined(
     return closed
 
 
+class _Rows(NamedTuple):
+    """Some rows of one expert at the point that the objective is expanded around.
+
+    Attributes:
+        x_NH: inputs.
+        weight_N1: of the rows; those of all rows add up to the weight of the expert.
+        target_NI: intermediates of the dense expert.
+        latent: [N,R] of each branch.
+        z_NI: intermediates at the point.
+        slope_NJ: of the activation there.
+    """
+
+    x_NH: Tensor
+    weight_N1: Tensor
+    target_NI: Tensor
+    latent: list[Tensor]
+    z_NI: Tensor
+    slope_NJ: Tensor
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in (*self.latent, *(part for part in self if isinstance(part, Tensor))))
+
+
 @dataclass(frozen=True)
 class _Problem:
     """The objective of one group.
 
     Attributes:
         dense, population, group, rows: see `refined`.
+        at: the point that it is expanded around.
         level: factor of the second term.
         keep_bases: derivatives with respect to bases are left at zero.
     """
@@ -137,71 +164,88 @@ class _Problem:
     population: Population
     group: Sequence[int]
     rows: Sequence[Tensor | slice]
+    at: InputSide
     level: float
     keep_bases: bool = False
+    _kept: dict[int, list[_Rows]] = field(default_factory=dict)
 
-    def gradient(self, at: InputSide) -> tuple[float, InputSide, Tensor]:
-        """Value and half the gradient of the objective at a point, and the diagonal metrics [E,J] there."""
-        out, total, metrics = at.zeros(), 0.0, []
+    def gradient(self) -> tuple[float, InputSide, Tensor]:
+        """Value and half the gradient of the objective, and the diagonal metrics [E,J]."""
+        out, total, metrics = self.at.zeros(), 0.0, []
         for place, expert in enumerate(self.group):
-            metric_II, square_J = self._metric(expert, at), at.bases[0].new_zeros(self.dense.spec.rows)
-            for x_NH, w_N1 in self._samples(expert, at):
-                latent = _latent(at, x_NH)
-                z_NI, slope_NJ = sloped(self.dense, self._first(at, place, latent))
-                error_NI = z_NI - self.dense.intermediate(expert, x_NH)
-                pull_NI = (error_NI @ metric_II) * w_N1
+            metric_II, square_J = self._metric(expert), self.at.bases[0].new_zeros(self.dense.spec.rows)
+            for rows in self._expanded(place):
+                error_NI = rows.z_NI - rows.target_NI
+                pull_NI = (error_NI @ metric_II) * rows.weight_N1
                 total += float((error_NI * pull_NI).sum(dtype=torch.float64))
-                square_J += (slope_NJ.square() * w_N1).sum(0)
-                self._add_back(out, at, place, slope_NJ * pull_NI[:, self._channel(at)], latent, x_NH)
-            metrics.append(metric_II.diagonal()[self._channel(at)] * square_J)
-            total += self._add_unknown(out, at, metrics[-1], place)
+                square_J += (rows.slope_NJ.square() * rows.weight_N1).sum(0)
+                self._add_back(out, place, rows.slope_NJ * pull_NI[:, self._channel()], rows)
+            metrics.append(metric_II.diagonal()[self._channel()] * square_J)
+            total += self._add_unknown(out, self.at, metrics[-1], place)
         return total, out, torch.stack(metrics)
 
-    def curvature(self, at: InputSide, metric_EJ: Tensor, change: InputSide) -> InputSide:
-        """Gauss-Newton matrix of the objective at a point, times a change."""
-        out, spec, channel_J = at.zeros(), self.dense.spec, self._channel(at)
+    def curvature(self, metric_EJ: Tensor, change: InputSide) -> InputSide:
+        """Gauss-Newton matrix of the objective times a change."""
+        out, channel_J = self.at.zeros(), self._channel()
         for place, expert in enumerate(self.group):
-            metric_II = self._metric(expert, at)
-            for x_NH, w_N1 in self._samples(expert, at):
-                latent = _latent(at, x_NH)
-                _, slope_NJ = sloped(self.dense, self._first(at, place, latent))
-                moved_NJ = self._projected(change.cores, place, latent)
+            metric_II = self._metric(expert)
+            for rows in self._expanded(place):
+                moved_NJ = self._projected(change.cores, place, rows.latent)
                 if not self.keep_bases:
-                    moved_NJ += self._projected(at.cores, place, _latent(change, x_NH))
-                moved_NI = x_NH.new_zeros(len(x_NH), spec.intermediate).index_add_(1, channel_J, slope_NJ * moved_NJ)
-                pull_NI = (moved_NI @ metric_II) * w_N1
-                self._add_back(out, at, place, slope_NJ * pull_NI[:, channel_J], latent, x_NH)
-            self._add_unknown(out, at, metric_EJ[place], place, change)
+                    moved_NJ += self._projected(self.at.cores, place, _latent(change, rows.x_NH))
+                moved_NI = torch.zeros_like(rows.z_NI).index_add_(1, channel_J, rows.slope_NJ * moved_NJ)
+                pull_NI = (moved_NI @ metric_II) * rows.weight_N1
+                self._add_back(out, place, rows.slope_NJ * pull_NI[:, channel_J], rows)
+            self._add_unknown(out, self.at, metric_EJ[place], place, change)
         return out
 
     def objective(self, at: InputSide, metric_EJ: Tensor) -> float:
         """The objective at a point."""
         total, unused = 0.0, at.zeros()
         for place, expert in enumerate(self.group):
-            metric_II = self._metric(expert, at)
-            for x_NH, w_N1 in self._samples(expert, at):
+            metric_II = self._metric(expert)
+            for x_NH, w_N1 in self._samples(expert):
                 z_NI = self.dense.activate(self._first(at, place, _latent(at, x_NH)))
                 error_NI = z_NI - self.dense.intermediate(expert, x_NH)
                 total += float(((error_NI @ metric_II) * error_NI * w_N1).sum(dtype=torch.float64))
             total += self._add_unknown(unused, at, metric_EJ[place], place)
         return total
 
-    def _channel(self, at: InputSide) -> Tensor:
-        return self.dense.spec.channel_of_row().to(at.bases[0].device)
+    def _channel(self) -> Tensor:
+        return self.dense.spec.channel_of_row().to(self.at.bases[0].device)
 
-    def _metric(self, expert: int, at: InputSide) -> Tensor:
+    def _metric(self, expert: int) -> Tensor:
         """[I,I]: V^T V."""
-        v_HI = self.dense.w_out_EHI[expert].to(at.bases[0].dtype)
+        v_HI = self.dense.w_out_EHI[expert].to(self.at.bases[0].dtype)
         return v_HI.T @ v_HI
 
-    def _samples(self, expert: int, at: InputSide) -> Iterator[tuple[Tensor, Tensor]]:
+    def _expanded(self, place: int) -> Iterator[_Rows]:
+        """All rows of an expert; kept for the next iteration while there is room."""
+        if place in self._kept:
+            yield from self._kept[place]
+            return
+        kept, room = [], KEPT - sum(rows.nbytes() for held in self._kept.values() for rows in held)
+        expert = self.group[place]
+        for x_NH, w_N1 in self._samples(expert):
+            latent = _latent(self.at, x_NH)
+            z_NI, slope_NJ = sloped(self.dense, self._first(self.at, place, latent))
+            rows = _Rows(x_NH, w_N1, self.dense.intermediate(expert, x_NH), latent, z_NI, slope_NJ)
+            yield rows
+            room -= rows.nbytes()
+            kept.append(rows)
+            if room < 0:
+                kept.clear()
+        if room >= 0:
+            self._kept[place] = kept
+
+    def _samples(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs [N,H] of an expert and their weights [N,1], which add up to the weight of the expert."""
-        spec = self.dense.spec
+        spec, dtype = self.dense.spec, self.at.bases[0].dtype
         sample = self.population.sample(expert, spec.rows, _TOKENS * (spec.rows + spec.hidden))
         assert sample is not None
         weight = self.population.weight(expert)
         for x_NH, p_N in sample:
-            yield x_NH.to(at.bases[0].dtype), (p_N * weight).to(at.bases[0].dtype)[:, None]
+            yield x_NH.to(dtype), (p_N * weight).to(dtype)[:, None]
 
     def _projected(self, cores: Sequence[Sequence[Tensor]], place: int, latent: Sequence[Tensor]) -> Tensor:
         """[N,J]: latent rows [N,R] of each branch times an expert's cores, in the model's order of rows."""
@@ -215,15 +259,13 @@ class _Problem:
         h_NJ, bias_EJ = self._projected(at.cores, place, latent), self.dense.bias_in_EJ
         return h_NJ if bias_EJ is None else h_NJ + bias_EJ[self.group[place]].to(h_NJ.dtype)
 
-    def _add_back(
-        self, out: InputSide, at: InputSide, place: int, g_NJ: Tensor, latent: Sequence[Tensor], x_NH: Tensor
-    ) -> None:
+    def _add_back(self, out: InputSide, place: int, g_NJ: Tensor, at: _Rows) -> None:
         """Adds to `out` what a gradient with respect to first projections means for bases and cores."""
-        for branch, z_NR in enumerate(latent):
+        for branch, z_NR in enumerate(at.latent):
             g_NX = g_NJ[:, self.rows[branch]]
             out.cores[branch][place] += g_NX.T @ z_NR
             if not self.keep_bases:
-                out.bases[branch] += (g_NX @ at.cores[branch][place]).T @ x_NH
+                out.bases[branch] += (g_NX @ self.at.cores[branch][place]).T @ at.x_NH
 
     def _add_unknown(
         self, out: InputSide, at: InputSide, metric_J: Tensor, place: int, change: InputSide | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from molae_compress.solver.moments import Moments, cholesky, cross, ridged, trus
 Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
 ROWS = 2048  # rows sent to the device at a time: bounds the memory of everything that is computed from them
+_NOISE = 4.0  # of the moments of inputs, in units of what n tokens of D features have at least
 _EVEN = 0.2  # of what an expert counts: that of the average one, for text that is routed otherwise
 
 
@@ -37,8 +38,11 @@ class Population(Protocol):
     def flatness(self) -> float:
         """How even the spectrum of the layer's inputs is, up to 1: what `ridge` is multiplied by there."""
 
-    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
-        """Share of the identity in moments of `size` features of what some experts see: `ridge`, more for few tokens."""
+    def white(self, experts: Sequence[int], ridge: float) -> float:
+        """Share of the identity in moments of what some experts see: `ridge` by flatness, more for few tokens."""
+
+    def white_inside(self, expert: int, size: int, ridge: float) -> float:
+        """The same for `size` features that one expert makes of what it sees: `ridge`, more for few tokens."""
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         """[H,R]: C B^T for the expert's own input covariance C, shrunk as there, towards `prior_HR` = the layer's C B^T."""
@@ -69,7 +73,10 @@ class Uninformed:
     def flatness(self) -> float:
         return 1.0
 
-    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
+    def white(self, experts: Sequence[int], ridge: float) -> float:
+        return ridge
+
+    def white_inside(self, expert: int, size: int, ridge: float) -> float:
         return ridge
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
@@ -161,6 +168,19 @@ class Calibrated:
         for part_N, part_w_N in zip(index_N.split(ROWS), w_N.split(ROWS), strict=True):
             yield self.inputs(part_N), part_w_N
 
+    def _moments_of(self, expert: int) -> Moments:
+        """Input moments of one expert; those of the last two are kept, which may form a pair."""
+        if expert not in self._recent:
+            found = self._moments(*self.rows(expert))
+            while len(self._recent) > 1:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[expert] = found
+        return self._recent[expert]
+
+    @cached_property
+    def _recent(self) -> dict[int, Moments]:
+        return {}
+
     def _moments(self, index_N: Tensor, w_N: Tensor) -> Moments:
         moments = Moments.zeros(self.x_TH.shape[1], self.device)
         for x_NH, part_w_N in self._parts(index_N, w_N):
@@ -206,28 +226,34 @@ class Calibrated:
 
     def covariance(self, experts: Sequence[int], ridge: float) -> Tensor:
         ridge, size = ridge * self.flatness, self.x_TH.shape[1]
-        layer_HH = ridged(self.layer_moments.mean(), _white(int(self.counts_E.sum()), size, ridge))
+        layer_HH = ridged(self.layer_moments.mean(), _white(int(self.counts_E.sum()), size, ridge, _NOISE))
         if len(experts) == self.num_experts:
             return layer_HH
         index_N, w_N = (torch.cat(parts) for parts in zip(*(self.rows(expert) for expert in experts), strict=True))
         share = self._share(index_N, w_N, size)
         if share == 0.0:
             return layer_HH
-        own_HH = ridged(self._moments(index_N, w_N).mean(), _white(len(index_N), size, ridge))
+        own = reduce(Moments.merge, (self._moments_of(expert) for expert in experts))
+        own_HH = ridged(own.mean(), _white(len(index_N), size, ridge, _NOISE))
         return share * own_HH + (1 - share) * layer_HH
 
-    def white(self, experts: Sequence[int], size: int, ridge: float) -> float:
-        """See `Population`."""
+    def white(self, experts: Sequence[int], ridge: float) -> float:
+        return self._shrunk(experts, self.x_TH.shape[1], ridge * self.flatness, _NOISE)
+
+    def white_inside(self, expert: int, size: int, ridge: float) -> float:
+        return self._shrunk([expert], size, ridge, 1.0)
+
+    def _shrunk(self, experts: Sequence[int], size: int, ridge: float, noise: float) -> float:
         own, tokens = (int(counts.sum()) for counts in (self.counts_E[list(experts)], self.counts_E))
         share = 1.0 if len(experts) == self.num_experts else trust(own, size, self.shrinkage)
-        return share * _white(own, size, ridge) + (1 - share) * _white(tokens, size, ridge)
+        return share * _white(own, size, ridge, noise) + (1 - share) * _white(tokens, size, ridge, noise)
 
     def projected(self, expert: int, b_RH: Tensor, prior_HR: Tensor, ridge: float) -> Tensor:
         index_N, w_N = self.rows(expert)
         share = self._share(index_N, w_N, self.x_TH.shape[1])
         if share == 0.0:
             return prior_HR
-        white = _white(len(index_N), self.x_TH.shape[1], ridge * self.flatness)
+        white = _white(len(index_N), self.x_TH.shape[1], ridge * self.flatness, _NOISE)
         sum_HR, level = torch.zeros(b_RH.T.shape, dtype=torch.float64, device=b_RH.device), 0.0
         for rows_NH, p_N in self._parts(index_N, w_N / w_N.sum()):
             x_NH = rows_NH.to(b_RH.dtype)
@@ -255,6 +281,6 @@ class Calibrated:
         return self._parts(torch.cat([index_N, index_P]), torch.cat([share * p_N, (1 - share) * p_P]))
 
 
-def _white(count: int, size: int, ridge: float) -> float:
+def _white(count: int, size: int, ridge: float, noise: float) -> float:
     """Share of the identity beside moments of `size` features of so many tokens: never less than their noise."""
-    return 1 - (1 - ridge) * trust(count, size, 1.0)
+    return 1 - (1 - ridge) * trust(count, size, noise)

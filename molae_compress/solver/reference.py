@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from molae_compress.solver.allocate import Curve
-from molae_compress.solver.layer import Fit
 from molae_compress.solver.population import Calibrated
+from molae_compress.solver.spectra import Fit
 from molae_compress.tensors import DenseExperts, LatentShape
 
 
@@ -65,17 +65,17 @@ def covariance(samples: Calibrated, experts: Sequence[int], ridge: float) -> Ten
     everything = slots_of(samples, range(samples.num_experts))
     c_HH = moments((x_TH[t] for t, _ in everything), (w for _, w in everything))
     ridge = ridge * flatness(c_HH, len(everything))
-    c_HH = shrunk(c_HH, with_noise(ridge, len(everything), hidden))
+    c_HH = shrunk(c_HH, with_noise(ridge, len(everything), 4 * hidden))
     own = slots_of(samples, experts)
     if own and len(experts) < samples.num_experts:
         share = len(own) / (len(own) + samples.shrinkage * hidden)
         own_HH = moments((x_TH[t] for t, _ in own), (w for _, w in own))
-        c_HH = share * shrunk(own_HH, with_noise(ridge, len(own), hidden)) + (1 - share) * c_HH
+        c_HH = share * shrunk(own_HH, with_noise(ridge, len(own), 4 * hidden)) + (1 - share) * c_HH
     return c_HH
 
 
 def with_noise(ridge: float, count: int, size: int) -> float:
-    """A share of the identity, and of what is left the share that n rows of D features cannot earn, D / (n + D)."""
+    """A share of the identity, and of what is left the share that n rows cannot earn; `size` is D, or 4 D of inputs."""
     return ridge + (1 - ridge) * size / (count + size)
 
 

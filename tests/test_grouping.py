@@ -1,0 +1,153 @@
+"""Which experts share a basis, and in which layers they do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import molae_compress as molae
+from molae_compress.ranks import Module, tries_pairs
+from molae_compress.recipe import Recipe
+from molae_compress.solver.grouping import alike, grouped
+from molae_compress.solver.layer import layer_error, solve_layer
+from molae_compress.solver.population import Population, Uninformed
+from molae_compress.solver.spectra import Fit, LayerSpectra, measure_spectra
+from molae_compress.spectral import by_spectrum
+from molae_compress.tensors import BankedShape, DenseExperts, ExpertsSpec, LatentShape
+from tests.conftest import CheckpointMaker
+from tests.runs import is_expert, recipe_for
+from tests.test_solver import H, layer, normal, tokens
+from tests.test_solver import grouped as groups_of
+
+SPEC = ExpertsSpec("experts", 0, 6, H, 6, top_k=2)
+FAMILIES = ({0, 3}, {1, 5}, {2, 4})
+
+
+def families(sets: tuple[set[int], ...] = FAMILIES) -> DenseExperts:
+    """Six experts, those of a set the same but for a little noise."""
+    dense, alone = layer(SPEC), 0.02 * normal(6, SPEC.rows, H, seed=5)
+    w_in_EJH = dense.w_in_EJH.clone()
+    for members in sets:
+        for expert in members:
+            w_in_EJH[expert] = dense.w_in_EJH[min(members)] + alone[expert]
+    return replace(dense, w_in_EJH=w_in_EJH)
+
+
+def sets_of(order: tuple[int, ...], size: int) -> set[frozenset[int]]:
+    assert sorted(order) == list(range(len(order)))
+    return {frozenset(order[start : start + size]) for start in range(0, len(order), size)}
+
+
+@pytest.mark.parametrize("population", [tokens(200, spec=SPEC), Uninformed(6, H)], ids=["calibrated", "without data"])
+@pytest.mark.parametrize("sets", [FAMILIES, ({0, 2, 5}, {1, 3, 4})])
+def test_experts_that_read_alike_are_found(population: Population, sets: tuple[set[int], ...]) -> None:
+    size = len(sets[0])
+    assert sets_of(alike(families(sets), population, size, 0.01), size) == {frozenset(members) for members in sets}
+
+
+def test_groups_start_with_the_pair_most_alike_and_take_whoever_fits_best() -> None:
+    likeness_EE = torch.zeros(6, 6)
+    for a, b, value in ((0, 4, 0.9), (0, 2, 0.3), (4, 5, 0.5), (2, 5, 0.8), (1, 3, 0.1)):
+        likeness_EE[a, b] = likeness_EE[b, a] = value
+    assert sets_of(grouped(likeness_EE, 2), 2) == {frozenset({0, 4}), frozenset({2, 5}), frozenset({1, 3})}
+    assert sets_of(grouped(likeness_EE, 3), 3) == {frozenset({0, 4, 5}), frozenset({1, 2, 3})}
+
+
+def test_spectra_of_pairs_are_those_of_the_experts_put_into_that_order() -> None:
+    dense, samples, shape, fit = families(), tokens(200, spec=SPEC), groups_of(1, 1, 1, 1), Fit()
+    found = measure_spectra(dense, samples, shape, fit, cluster=True, pairs=True)
+    alone = measure_spectra(dense, samples, shape, fit)
+    torch.testing.assert_close(found.input_GM, alone.input_GM)
+    assert found.paired_E is not None
+    assert sets_of(tuple(found.paired_E.tolist()), 2) == {frozenset(members) for members in FAMILIES}
+    place_E = found.paired_E.argsort()
+    moved = replace(dense, w_in_EJH=dense.w_in_EJH[found.paired_E], w_out_EHI=dense.w_out_EHI[found.paired_E])
+    there = replace(samples, index_TK=place_E[samples.index_TK])
+    expected = measure_spectra(moved, there, groups_of(1, 1, 2, 1), fit)
+    torch.testing.assert_close(found.in_pairs().input_GM, expected.input_GM)
+    torch.testing.assert_close(found.in_pairs().output_GM, expected.output_GM)
+    assert [found.group, found.in_pairs().group] == [1, 2]
+
+
+def test_spectra_survive_the_work_directory() -> None:
+    found = measure_spectra(families(), tokens(60, spec=SPEC), groups_of(1, 1, 1, 1), Fit(), cluster=True, pairs=True)
+    again = LayerSpectra.of_tensors(found.tensors())
+    assert again.paired_E is not None
+    torch.testing.assert_close([*again.input_GM, *again.paired_GM], [*found.input_GM, *found.paired_GM])
+    torch.testing.assert_close(
+        [again.output_GM, again.order_E, again.paired_E], [found.output_GM, found.order_E, found.paired_E]
+    )
+
+
+def chosen(dense: DenseExperts, **basis: object) -> tuple[LatentShape | BankedShape | None, Recipe]:
+    """The shape of a module at half of its size."""
+    recipe = Recipe.load(
+        {"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": {"keep": 0.5, "align": 1}, "basis": basis}
+    )
+    samples, module = tokens(200, spec=SPEC), Module.of(recipe, SPEC, None)
+    cluster, pairs = recipe.basis.cluster, tries_pairs(recipe, SPEC)
+    spectra = measure_spectra(dense, samples, module.shape, Fit(), cluster=cluster, pairs=pairs)
+    found = by_spectrum(recipe, [module], [spectra], SPEC.dense_numel // 2)
+    assert found is not None
+    return found[0], recipe
+
+
+def error(dense: DenseExperts, shape: LatentShape | BankedShape | None) -> float:
+    assert shape is not None
+    samples = tokens(200, spec=SPEC)
+    tensors = solve_layer(dense, samples, shape, Fit(newton=5), torch.float64)
+    return layer_error(dense, tensors, shape, tokens(200, seed=9, spec=SPEC)).relative
+
+
+def test_experts_share_a_basis_where_that_loses_less() -> None:
+    shape, _ = chosen(families())
+    assert shape is not None
+    assert {bank.shape.input_group for bank in shape.banks(SPEC)} == {2}
+    pairs = {pair for bank in shape.banks(SPEC) for pair in sets_of_bank(bank.experts)}
+    assert pairs == {frozenset(members) for members in FAMILIES}
+    others = [
+        chosen(families(), experts_per_input_group=1)[0],
+        chosen(families(), cluster=False, experts_per_input_group=2)[0],
+    ]
+    assert all(error(families(), shape) < 0.85 * error(families(), other) for other in others)
+
+
+def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:
+    return {frozenset(experts[start : start + 2]) for start in range(0, len(experts), 2)}
+
+
+def test_experts_of_their_own_keep_a_basis_of_their_own() -> None:
+    shape, _ = chosen(layer(SPEC))
+    assert shape is not None
+    assert {bank.shape.input_group for bank in shape.banks(SPEC)} == {1}
+
+
+def test_neighbours_share_where_clusters_are_not_wanted() -> None:
+    shape, _ = chosen(families(), cluster=False, experts_per_input_group=3)
+    assert shape is not None
+    groups = [bank.experts[start : start + 3] for bank in shape.banks(SPEC) for start in range(0, len(bank.experts), 3)]
+    assert sorted(groups) == [(0, 1, 2), (3, 4, 5)]
+
+
+def test_a_run_pairs_the_experts_of_the_layer_that_gains_by_it(own_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    source = own_checkpoint("mixtral")
+    tensors = load_file(source / "model.safetensors")
+    twins = {5: 0, 7: 1, 4: 2, 6: 3}
+    for key, tensor in tensors.items():
+        if is_expert(key) and "layers.0." in key and (expert := int(key.split(".experts.")[1].split(".")[0])) in twins:
+            tensor.copy_(tensors[key.replace(f".experts.{expert}.", f".experts.{twins[expert]}.")])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = ("budget.keep=0.5", "budget.align=1", "calibration.samples=48")
+    report = molae.run(recipe_for(source, *settings), tmp_path / "pairs")
+    first = report.layers[0].shape
+    assert first is not None
+    assert {bank["input_group"] for bank in first["banks"]} == {2}
+    pairs = {pair for bank in first["banks"] for pair in sets_of_bank(tuple(bank["experts"]))}
+    assert pairs == {frozenset(pair) for pair in twins.items()}
+    apart = molae.run(recipe_for(source, *settings, "basis.experts_per_input_group=1"), tmp_path / "apart")
+    assert (report.err_h or 1.0) < 1.02 * (apart.err_h or 0.0)
+    assert molae.verify(tmp_path / "pairs").passed
