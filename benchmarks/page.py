@@ -37,7 +37,7 @@ make bench-quality FRESH=1
 - err_h: squared change of the residual stream by the experts of a layer, relative to it, summed over layers
   ([how it works](how-it-works.md#what-is-minimised)).
 - kept: share of the routed experts' parameters that is stored; every basis, core, index and bias counts.
-- fit: seconds of the whole fit, calibration included, on one thread.
+- fit: processor seconds of the whole fit, calibration included, on one thread.
 - ±: standard deviation over the seeds. Rows without it were measured once, most of them because they depend on no seed.
 
 How the other methods are set up, and what is counted, is in `benchmarks/README.md`.

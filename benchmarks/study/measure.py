@@ -82,9 +82,9 @@ class Bench:
         budget = {"keep": cell.keep, "max_flops": None}
         base = {"molae": 1, "calibration": calibration, "output": {"dtype": self.dtype}, "budget": budget}
         loaded = molae.Recipe.load(base, overrides=recipe.split())
-        started = time.perf_counter()
+        started = time.process_time()
         report = molae.compress_(model, loaded, data=windows_NL)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         layers = report.plan["layers"]
         work = {key: report.plan[key] for key in ("dense_flops", "flops", "active_bytes")}
         groups = sorted({layer["shape"]["input_group"] for layer in layers if "input_group" in (layer["shape"] or {})})
@@ -95,9 +95,9 @@ class Bench:
         model = copy.deepcopy(self.original)
         setting = Setting(cell.keep, getattr(torch, self.dtype), seed=cell.seed, steps=cell.steps)
         unused_NL = torch.zeros(0, self.protocol.sequence_length, dtype=torch.int64)
-        started = time.perf_counter()
+        started = time.process_time()
         stored = BASELINES[cell.method][1](model, unused_NL if windows_NL is None else windows_NL, setting)
-        return self._measured(model, stored, time.perf_counter() - started)
+        return self._measured(model, stored, time.process_time() - started)
 
     def _measured(self, model: PreTrainedModel, parameters: int, seconds: float) -> dict[str, Any]:
         found = {name: compare(self.original, model, ids, self._names()) for name, ids in self.held_out.items()}
