@@ -245,13 +245,14 @@ def _sent(spec: ExpertsSpec, shape: LatentShape) -> int:
 def solver_bytes(spec: ExpertsSpec) -> int:
     """What the solver holds of one expert at most, beside its weights as they are stored.
 
-    Slope moments and metric [J,J] in float64 and float32 and two moments of intermediates [I,I] in float64, or the eight
-    [I,I] of a refit of the second projection (more if there is no gate), or eight vectors of a Gauss-Newton step with the
-    cores of two experts and their basis in float32; input moments [H,H] in float64; the expert's first projection twice in
-    float32; one part of its tokens with what is computed from them on the way to the slopes; rows kept between iterations.
+    Slope moments and metric [J,J] in float64 and float32, the metric of the other expert of a pair, and two moments of
+    intermediates [I,I] in float64, or the eight [I,I] of a refit of the second projection (more if there is no gate), or
+    eight vectors of a Gauss-Newton step with the cores of two experts and their basis in float32; input moments [H,H] in
+    float64, of both of a pair; the expert's first projection twice in float32; one part of its tokens with what is computed
+    from them on the way to the slopes; rows kept between iterations.
     """
     H, I, J = spec.hidden, spec.intermediate, spec.rows
-    matrices = max(J * J * (8 + 4) + 2 * I * I * 8, 8 * I * I * 8, 8 * min(H, 2 * J) * (H + 2 * J) * 4) + 4 * H * H * 8
+    matrices = max(J * J * (8 + 2 * 4) + 2 * I * I * 8, 8 * I * I * 8, 8 * min(H, 2 * J) * (H + 2 * J) * 4) + 6 * H * H * 8
     return matrices + 2 * J * H * 4 + ROWS * (6 * J + 2 * H) * 4 + KEPT
 
 
