@@ -6,12 +6,14 @@ OUTPUT ?= build/pocket-molae
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv quickstart test test-all docs bench bench-quality clean
+.PHONY: help venv kernels gpu-kernels quickstart test test-all docs bench bench-quality clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   compress the example model and verify the result, in build/pocket-molae"
 	@echo "make venv         the environment with all extras, in .venv"
+	@echo "make kernels      the ONNX operators, compiled anew (installing does it too, if there is a compiler)"
+	@echo "make gpu-kernels  the GPU kernels of the ONNX operators, compiled for four architectures (minutes; needs no GPU)"
 	@echo "make test         lint, types, fast tests, documentation, quickstart"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make docs         the documentation, in build/site"
@@ -33,6 +35,13 @@ $(VENV)/all: pyproject.toml constraints.txt
 	@touch $(VENV)/core $@
 
 venv: $(VENV)/all
+
+kernels: $(VENV)/core
+	$(BIN)/python -c "from molae_compress.kernels import build; build(force=True)"
+
+# The next `make kernels` embeds them.
+gpu-kernels: $(VENV)/all
+	$(BIN)/python -m molae_compress.kernels.gpu_build
 
 quickstart: $(VENV)/core
 	$(BIN)/molae-compress apply recipes/quickstart.yaml --output $(OUTPUT)
@@ -58,7 +67,7 @@ docs: $(VENV)/all
 	$(BIN)/mkdocs build --strict
 
 bench: bench-quality
-	set -e; for script in prediction solver memory; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
+	set -e; for script in prediction solver memory onnx_speed; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
 
 # DATA is a folder of further texts, MODEL a further model: see benchmarks/README.md.
 bench-quality: $(VENV)/all
@@ -68,4 +77,6 @@ bench-quality: $(VENV)/all
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f molae_compress/kernels/*.so
+	rm -f molae_compress/kernels/csrc/gpu_kernels.*
 	find molae_compress tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

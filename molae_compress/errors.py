@@ -51,3 +51,11 @@ class ResumeError(MolaeError):
 
 class QualityGateError(MolaeError):
     """A quality gate of the recipe failed; the artifact is complete (exit code 3)."""
+
+
+class ExportError(MolaeError):
+    """The model cannot be exported, its export differs from it, or an exported model cannot be run."""
+
+
+class KernelError(MolaeError):
+    """The operator library is missing, out of date, or cannot be compiled or loaded."""

@@ -14,6 +14,19 @@ from tests.tiny import FAMILIES, save_checkpoint
 CheckpointMaker = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ort-include", help="folder with the onnxruntime_c_api.h that the operators' own table is checked against"
+    )
+
+
+@pytest.fixture
+def ort_include(request: pytest.FixtureRequest) -> Path | None:
+    """The folder of ONNX Runtime's C header, if one was given."""
+    folder = request.config.getoption("--ort-include")
+    return Path(folder) if folder else None
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
     """`checkpoint(family, dtype=..., shards=...)`: a folder to read, never to write into."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from molae_compress.errors import ModelError
+from molae_compress.kernels.gpu_experts import NAME, latent_bank
 from molae_compress.layouts import FLAGS, Layout, bare_copy, layout_of
 from molae_compress.layouts.singly import CalledSingly, single_names, weight_shapes, without_numbers
 from molae_compress.modeling.bases import Basis
@@ -183,6 +184,11 @@ class LatentExperts(_Tensors):
 
     def _grouped(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         shape, implementation = bank.shape, getattr(self.__dict__.get("config"), "_experts_implementation", None)
+        after = self.layout.after_expert(self)
+        if implementation == NAME and after is None:
+            fused_TH = latent_bank(held, bank.spec, shape, x_TH, index_TK, weight_TK)
+            if fused_TH is not None:
+                return fused_TH
         route = make_route(index_TK, bank.spec.num_experts, implementation, strangers=bool(bank.prefix))
         bases = [getattr(held, basis) for basis, _ in shape.branches()]
         if shape.input_group == bank.spec.num_experts:  # one basis: each token is encoded once for all its experts
@@ -191,7 +197,6 @@ class LatentExperts(_Tensors):
             x_SH = x_TH[route.token_S]
             latent_SR = tuple(basis(x_SH, route) for basis in bases)
         u_SN = held.core(latent_SR, route)
-        after = self.layout.after_expert(self)
         one_output_basis = shape.rank_out is not None and shape.output_group == bank.spec.num_experts
         if one_output_basis and after is None:  # the routed sum is decoded once for each token
             y_TH: Tensor = held.decode(routed_sum(u_SN, weight_TK, route))

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from molae_compress.errors import ModelError
+from molae_compress.kernels.gpu_experts import register_experts
 from molae_compress.layouts import LAYER_NUMBER, describe_in, layout_of
 from molae_compress.modeling.expand import expand_
 from molae_compress.modeling.latent import LatentExperts, check_shape, check_tensors
@@ -212,11 +213,12 @@ def installed_version() -> str:
 
 
 def register() -> None:
-    """Makes transformers know the method; once per process, under whatever name this module was imported."""
+    """Makes transformers know the method and the experts implementation, under whatever name this module was imported."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(MolaeConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(MolaeQuantizer)
+    register_experts()
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str:

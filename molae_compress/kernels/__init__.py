@@ -1,0 +1,7 @@
+"""Operators of the domain `molae` for ONNX Runtime: a shared library of C++, and what finds and compiles it."""
+
+from __future__ import annotations
+
+from molae_compress.kernels.library import DOMAIN, build, library_path, register
+
+__all__ = ["DOMAIN", "build", "library_path", "register"]

@@ -1,0 +1,293 @@
+// molae::LatentExperts: a bank of latent experts, from hidden states and routing to hidden states.
+#include <memory>
+
+#include "grouped.h"
+#include "operators.h"
+#include "routes.h"
+
+namespace molae {
+namespace {
+
+enum Place : size_t {
+  kX, kIndex, kWeight, kEncode, kEncodePivots, kCore, kUpEncode, kUpEncodePivots, kCoreUp, kCoreBias, kDown, kDecode,
+  kDecodePivots, kDecodeBias, kInputCount
+};
+
+constexpr Input kInputs[kInputCount] = {
+    {"x", kNoElement, kRequired},           {"index", kOrtInt64, kRequired},        {"weight", kNoElement, kRequired},
+    {"encode", kNoElement, kRequired},      {"encode_pivots", kOrtInt32, kOptional}, {"core", kNoElement, kRequired},
+    {"up_encode", kNoElement, kOptional},   {"up_encode_pivots", kOrtInt32, kOptional}, {"core_up", kNoElement, kOptional},
+    {"core_bias", kNoElement, kOptional},   {"down", kNoElement, kRequired},        {"decode", kNoElement, kOptional},
+    {"decode_pivots", kOrtInt32, kOptional}, {"decode_bias", kNoElement, kOptional},
+};
+
+using Tensors = std::vector<Tensor>;
+
+// What the attributes of a node say.
+struct Bank {
+  Bank(Element type, const Attributes& attributes);
+  void check(const Tensors& in) const;
+  void check_basis(const Tensor& basis, const Tensor& pivots, int64_t group, int64_t rank, int64_t hidden) const;
+
+  Element type;
+  int64_t experts, input_group, output_group, rank_in, rank_out;  // rank_out = 0: the second projection is dense
+  bool interleaved = false;
+  Activation activation;
+};
+
+Bank::Bank(Element type, const Attributes& attributes)
+    : type(type),
+      experts(attributes.integer("num_experts", 1)),
+      input_group(attributes.integer("input_group", 1)),
+      output_group(attributes.integer("output_group", 1)),
+      rank_in(attributes.integer("rank_in", 1)),
+      rank_out(attributes.integer("rank_out", 0, 0)),
+      activation(read_activation(attributes, &interleaved)) {
+  for (const auto& [name, size] : {std::pair("input_group", input_group), std::pair("output_group", output_group)})
+    if (experts % size != 0) fail("the attribute '", name, "' is ", size, ", which does not divide the ", experts, " experts");
+}
+
+void Bank::check_basis(const Tensor& basis, const Tensor& pivots, int64_t group, int64_t rank, int64_t hidden) const {
+  const int64_t rows = experts / group * rank;
+  if (rank > hidden) fail("the rank of '", basis.name, "' is ", rank, ", more than the hidden size ", hidden);
+  basis.expect({rows, pivots.present ? hidden - rank : hidden}, pivots.present ? "[G*R,H-R]" : "[G*R,H]");
+  if (pivots.present) pivots.expect({rows}, "[G*R]");
+}
+
+void Bank::check(const Tensors& in) const {
+  const bool dense = rank_out == 0, separate = in[kCoreUp].present;
+  in[kX].expect_rank(2, "[T,H]");
+  in[kIndex].expect_rank(2, "[T,K]");
+  in[kDown].expect_rank(2, dense ? "[E*H,I]" : "[E*R_out,I]");
+  const int64_t T = in[kX].dims[0], H = in[kX].dims[1], K = in[kIndex].dims[1], I = in[kDown].dims[1];
+  const int64_t J = activation.gated ? 2 * I : I;
+  in[kIndex].expect({T, K}, "[T,K]");
+  in[kWeight].expect({T, K}, "[T,K]");
+  check_basis(in[kEncode], in[kEncodePivots], input_group, rank_in, H);
+  if (separate != in[kUpEncode].present) fail("'up_encode' and 'core_up' belong together: one of them is missing");
+  if (!separate && in[kUpEncodePivots].present) fail("'up_encode_pivots' has no 'up_encode'");
+  if (separate) {
+    if (!activation.gated) fail("'core_up' needs the attribute gated = 1");
+    check_basis(in[kUpEncode], in[kUpEncodePivots], input_group, rank_in, H);
+    in[kCoreUp].expect({experts * rank_in, I}, "[E*R_in,I]");
+  }
+  in[kCore].expect({experts * rank_in, separate ? I : J}, separate ? "[E*R_in,I]" : "[E*R_in,J]");
+  if (in[kCoreBias].present) in[kCoreBias].expect({experts, J}, "[E,J]");
+  in[kDown].expect({experts * (dense ? H : rank_out), I}, dense ? "[E*H,I]" : "[E*R_out,I]");
+  if (dense && (in[kDecode].present || in[kDecodePivots].present))
+    fail("'decode' is not for a dense second projection (rank_out = 0)");
+  if (!dense) check_basis(in[kDecode], in[kDecodePivots], output_group, rank_out, H);
+  if (in[kDecodeBias].present) in[kDecodeBias].expect({experts, H}, "[E,H]");
+}
+
+// One call: x -> z (latent) -> h (intermediate) -> u (one row for each slot) -> v (routed sums, one row for each token and output
+// basis) -> y.
+class LatentCall {
+ public:
+  LatentCall(const Call& call, const Bank& bank, const Tensors& in);
+  void compute(void* y) const;
+
+ private:
+  GroupedProduct product_of(const Tensor& weight, const Rows& rows, int64_t k, int64_t n, Layout layout) const;
+  const float* encode(const Tensor& basis, const Tensor& pivots) const;
+  const float* latent(const Tensor& basis, const Tensor& pivots) const;
+  const float* intermediate() const;
+  float* down(const float* h) const;
+  const float* summed(float* u) const;
+  void decode(const float* v, void* y) const;
+  const float* output_bias() const;
+
+  const Call& call_;
+  const Bank& bank_;
+  const Tensors& in_;
+  const Kernels& kernels_ = cpu_kernels();
+  mutable Scratch scratch_;
+  const int64_t T_, H_, K_, I_;
+  const int64_t* index_;
+  const Rows slots_, inputs_, outputs_;  // for each token: a row an expert, an input basis, an output basis
+  const float* x_;
+  std::vector<float> weight_;  // of each row of slots_
+};
+
+LatentCall::LatentCall(const Call& call, const Bank& bank, const Tensors& in)
+    : call_(call),
+      bank_(bank),
+      in_(in),
+      scratch_(call),
+      T_(in[kX].dims[0]),
+      H_(in[kX].dims[1]),
+      K_(in[kIndex].dims[1]),
+      I_(in[kDown].dims[1]),
+      index_(checked_index(in[kIndex], T_, K_, bank.experts)),
+      slots_(index_, T_, K_, bank.experts, 1),
+      inputs_(index_, T_, K_, bank.experts, bank.input_group),
+      outputs_(index_, T_, K_, bank.experts, bank.rank_out == 0 ? 1 : bank.output_group),
+      x_(as_floats(call, scratch_, bank.type, in[kX].data, T_, H_)),
+      weight_(static_cast<size_t>(slots_.count()), 0.0f) {
+  const float* routing = as_floats(call, scratch_, bank.type, in[kWeight].data, T_, K_);
+  // An expert that a token names twice counts with both weights.
+  for (int64_t slot = 0; slot < T_ * K_; ++slot)
+    if (slots_.of_slot[slot] >= 0) weight_[slots_.of_slot[slot]] += routing[slot];
+}
+
+GroupedProduct LatentCall::product_of(const Tensor& weight, const Rows& rows, int64_t k, int64_t n, Layout layout) const {
+  GroupedProduct product;
+  product.segments = rows.segments;
+  product.weight = weight.data;
+  product.type = bank_.type;
+  product.layout = layout;
+  product.k = k;
+  product.n = n;
+  return product;
+}
+
+// [inputs_,R]: the token of each row in the basis of its group.
+const float* LatentCall::encode(const Tensor& basis, const Tensor& pivots) const {
+  const int64_t count = inputs_.count(), H = H_, R = bank_.rank_in, rest = basis.dims[1];
+  GroupedProduct product = product_of(basis, inputs_, rest, R, Layout::kOutputsFirst);
+  float* z = product.out = scratch_.floats(count, R);
+  product.a = x_;
+  if (pivots.present || !inputs_.are_all_tokens(T_)) {
+    float* a = scratch_.floats(count, rest);
+    const Columns columns(pivots, inputs_.segments, R, H);
+    call_.parallel_rows(count, H, [&](int64_t row) {
+      const float* from = x_ + inputs_.token[row] * H;
+      if (columns.empty()) {
+        std::copy_n(from, H, a + row * H);
+        return;
+      }
+      const Columns::Group& group = columns.of_row(row);
+      for (int64_t i = 0; i < R; ++i) z[row * R + i] = from[group.pivots[i]];
+      for (int64_t i = 0; i < rest; ++i) a[row * rest + i] = from[group.rest[i]];
+    });
+    product.a = a;
+    product.add = pivots.present;
+  }
+  if (rest > 0) run(call_, scratch_, product);
+  return z;
+}
+
+// [slots_,R]: encoded once for each token and basis, then handed to all experts that share the basis.
+const float* LatentCall::latent(const Tensor& basis, const Tensor& pivots) const {
+  const float* z = encode(basis, pivots);
+  if (bank_.input_group == 1) return z;
+  const int64_t R = bank_.rank_in;
+  const std::vector<int64_t> source = matching(slots_, inputs_);
+  float* spread = scratch_.floats(slots_.count(), R);
+  call_.parallel_rows(slots_.count(), R, [&](int64_t row) { std::copy_n(z + source[row] * R, R, spread + row * R); });
+  return spread;
+}
+
+// [slots_,I]
+const float* LatentCall::intermediate() const {
+  GroupedProduct product = product_of(in_[kCore], slots_, bank_.rank_in, in_[kCore].dims[1], Layout::kInputsFirst);
+  product.a = latent(in_[kEncode], in_[kEncodePivots]);
+  if (in_[kCoreUp].present) {
+    product.up_a = latent(in_[kUpEncode], in_[kUpEncodePivots]);
+    product.up_weight = in_[kCoreUp].data;
+  }
+  product.bias = in_[kCoreBias].data;
+  product.activation = bank_.activation;
+  product.interleaved = bank_.interleaved;
+  float* h = product.out = scratch_.floats(slots_.count(), I_);
+  run(call_, scratch_, product);
+  return h;
+}
+
+// [slots_,R_out], or [slots_,H] where the second projection is dense, with routing weights.
+float* LatentCall::down(const float* h) const {
+  const int64_t width = bank_.rank_out == 0 ? H_ : bank_.rank_out;
+  GroupedProduct product = product_of(in_[kDown], slots_, I_, width, Layout::kOutputsFirst);
+  product.a = h;
+  product.row_weight = weight_.data();
+  product.out = scratch_.floats(slots_.count(), width);
+  run(call_, scratch_, product);
+  return product.out;
+}
+
+// [outputs_,R_out]: routed sums over the experts that share an output basis.
+const float* LatentCall::summed(float* u) const {
+  if (bank_.rank_out == 0 || bank_.output_group == 1) return u;
+  const int64_t R = bank_.rank_out;
+  float* v = scratch_.floats(outputs_.count(), R);
+  call_.parallel_rows(outputs_.count(), K_ * R, [&](int64_t row) {
+    std::fill_n(v + row * R, R, 0.0f);
+    slots_.for_each_of_token(outputs_.token[row] * K_, K_, [&](int64_t slot, int64_t part) {
+      if (outputs_.of_slot[slot] == row) kernels_.accumulate(1.0f, u + part * R, v + row * R, R);
+    });
+  });
+  return v;
+}
+
+// [E,H] floats, those of the experts in use; null without a bias.
+const float* LatentCall::output_bias() const {
+  const Tensor& bias = in_[kDecodeBias];
+  if (!bias.present || bank_.type == Element::kFloat) return bias.as<float>();
+  float* wide = scratch_.floats(bank_.experts, H_);
+  call_.parallel_rows(static_cast<int64_t>(slots_.segments.size()), H_, [&](int64_t i) {
+    const int64_t first = slots_.segments[i].group * H_;
+    kernels_.widen(bank_.type, bias.as<char>() + first * static_cast<int64_t>(size_of(bank_.type)), wide + first, H_);
+  });
+  return wide;
+}
+
+// y [T,H]: what the output bases make of `v`, summed, and the biases.
+void LatentCall::decode(const float* v, void* y) const {
+  const int64_t H = H_, R = bank_.rank_out, rest = R == 0 ? H : in_[kDecode].dims[1];
+  const Columns columns(in_[kDecodePivots], outputs_.segments, R, H);
+  const float* d = v;
+  if (R > 0) {
+    GroupedProduct product = product_of(in_[kDecode], outputs_, R, rest, Layout::kInputsFirst);
+    product.a = v;
+    d = product.out = scratch_.floats(outputs_.count(), rest);
+    run(call_, scratch_, product);
+  }
+  const float* bias = output_bias();
+  float* sums = bank_.type == Element::kFloat ? static_cast<float*>(y) : scratch_.floats(T_, H);
+  call_.parallel_rows(T_, K_ * H, [&](int64_t t) {
+    float* sum = sums + t * H;
+    std::fill_n(sum, H, 0.0f);
+    outputs_.for_each_of_token(t * K_, K_, [&](int64_t, int64_t row) {
+      const float* part = d + row * rest;
+      if (columns.empty()) return kernels_.accumulate(1.0f, part, sum, H);
+      const Columns::Group& group = columns.of_row(row);
+      for (int64_t i = 0; i < R; ++i) sum[group.pivots[i]] += v[row * R + i];
+      for (int64_t i = 0; i < rest; ++i) sum[group.rest[i]] += part[i];
+    });
+    if (bias != nullptr)
+      slots_.for_each_of_token(t * K_, K_, [&](int64_t slot, int64_t row) {
+        kernels_.accumulate(weight_[row], bias + index_[slot] * H, sum, H);
+      });
+    if (bank_.type != Element::kFloat)
+      kernels_.narrow(bank_.type, sum, static_cast<char*>(y) + t * H * static_cast<int64_t>(size_of(bank_.type)), H);
+  });
+}
+
+void LatentCall::compute(void* y) const { decode(summed(down(intermediate())), y); }
+
+class LatentExperts : public Node {
+ public:
+  LatentExperts(Element type, const Attributes& attributes) : bank_(type, attributes) {}
+
+  void compute(const Call& call) const override {
+    Tensors in;
+    for (const Input& input : kInputs) in.push_back(call.input(in.size(), input.name));
+    bank_.check(in);
+    void* y = call.output(in[kX].dims);
+    LatentCall(call, bank_, in).compute(y);
+  }
+
+ private:
+  Bank bank_;
+};
+
+}  // namespace
+
+const Operator kLatentExperts = {
+    "LatentExperts", kInputs, kInputCount,
+    [](Element type, const Attributes& attributes) -> std::unique_ptr<Node> {
+      return std::make_unique<LatentExperts>(type, attributes);
+    },
+    [](const Shape& x, const Shape&, bool (*)(const void*, const char*), const void*) { return x; }};
+
+}  // namespace molae
