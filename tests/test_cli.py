@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -271,8 +272,10 @@ assert not heavy, heavy
 
 
 def test_every_verb_has_an_example_that_uses_its_options() -> None:
-    commands = {name: command for name, command in main.commands.items() if name != "recipe"}
-    commands |= {f"recipe {name}": command for name, command in main.commands["recipe"].commands.items()}  # type: ignore[attr-defined]
+    commands: dict[str, click.Command] = {}
+    for name, command in main.commands.items():
+        inside = command.commands if isinstance(command, click.Group) else {}
+        commands |= {f"{name} {child}": one for child, one in inside.items()} or {name: command}
     for name, command in commands.items():
         example = command.example.split()  # type: ignore[attr-defined]
         assert example[0] == "molae-compress"

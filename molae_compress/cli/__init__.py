@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from molae_compress.cli.command import Verbs, show_version
+from molae_compress.cli.onnx import export, generate
 from molae_compress.cli.recipes import recipe
 from molae_compress.cli.verbs import apply, evaluate, expand, inspect, plan, verify
 
@@ -33,5 +34,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, apply, evaluate, verify, expand, recipe):
+for _command in (inspect, plan, apply, evaluate, verify, expand, export, generate, recipe):
     main.add_command(_command)
