@@ -293,7 +293,8 @@ class _Job:
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
         keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
         observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "heal", "output"))}
-        observed |= {"refit.shrinkage": keys["refit.shrinkage"]}
+        # who shares a basis is measured with the spectra, for recipes that go by them
+        observed |= {key: keys[key] for key in ("refit.shrinkage", "budget.allocate")}
         solved = {key: value for key, value in keys.items() if key != "heal.router_steps"}
         tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
         probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}

@@ -22,7 +22,7 @@ from molae_compress.budget import Shapes, shapes_for, with_keep
 from molae_compress.calibration.observed import RoutedTokens
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
-from molae_compress.ranks import template, tries_pairs
+from molae_compress.ranks import has_clusters, template, tries_pairs
 from molae_compress.recipe import Recipe
 from molae_compress.solver.distill import distil
 from molae_compress.solver.layer import LayerError, solve_layer
@@ -186,10 +186,9 @@ class Run:
 
         def observe(turn: Turn) -> None:
             spec = turn.spec
-            shape, free = template(self.recipe, spec), self.needs_spectra()  # which also say who shares a basis
-            cluster, pairs = free and self.recipe.basis.cluster, free and tries_pairs(self.recipe, spec)
-            found = measure_spectra(turn.dense, turn.population, shape, self.fit, cluster=cluster, pairs=pairs)
-            found = found.scaled(turn.effect.gain() if turn.effect is not None else 1.0)
+            shape, pairs, clusters = template(self.recipe, spec), tries_pairs(self.recipe, spec), has_clusters(self.recipe)
+            found = measure_spectra(turn.dense, turn.population, shape, self.fit, cluster=clusters, pairs=pairs)
+            found = found.scaled(turn.effect.gain() if turn.effect is not None else 1.0).on_cpu()
             spectra[spec.name] = found
             unseen.update({spec.name} if isinstance(turn.population, Uninformed) else ())
             if self.work is not None:

@@ -25,9 +25,14 @@ _SHARE = 8  # of a price on operations: up to it the share that every side keeps
 
 def tries_pairs(recipe: Recipe, spec: ExpertsSpec) -> bool:
     """Whether measured spectra are to say if two experts of a module share an input basis, or each has its own."""
-    shape = template(recipe, spec)
-    alone = recipe.basis.experts_per_input_group == "auto" and shape.input_group == shape.output_group == 1
-    return alone and spec.num_experts % 2 == 0 and spec.num_experts > 2
+    shape, basis = template(recipe, spec), recipe.basis
+    alone = basis.experts_per_input_group == "auto" and shape.input_group == shape.output_group == 1
+    return recipe.budget.allocate == "spectrum" and alone and spec.num_experts % 2 == 0 and spec.num_experts > 2
+
+
+def has_clusters(recipe: Recipe) -> bool:
+    """Whether groups are of experts that are alike: those are found with the spectra, whatever the budget."""
+    return recipe.basis.cluster and recipe.budget.allocate == "spectrum"
 
 
 def template(recipe: Recipe, spec: ExpertsSpec, input_group: int | None = None) -> LatentShape:

@@ -57,17 +57,28 @@ def by_spectrum(
     """
     rate = price and price * _energy(recipe, spectra) / sum(sum(dense_multiply_adds(module.spec)) for module in modules)
     single = _allocated(recipe, modules, spectra, amount, rate)
-    if single is None or all(found.paired_E is None for found in spectra):
+    if all(found.paired_E is None for found in spectra):
         return single.shapes if single is not None else None
+    if single is None:  # bases of pairs are fewer
+        both = [_in_pairs(recipe, *each) for each in zip(modules, spectra, strict=True)]
+        shared = _allocated(recipe, [module for module, _ in both], [found for _, found in both], amount, rate)
+        return shared.shapes if shared is not None else None
     chosen: list[tuple[Module, LayerSpectra]] = []
     for module, found, cost, error in zip(modules, spectra, single.costs, single.errors, strict=True):
         chosen.append((module, found))
         if found.paired_E is not None:
-            pairs = Module.of(recipe, module.spec, module.dtype, input_group=2), found.in_pairs()
+            pairs = _in_pairs(recipe, module, found)
             shared = _allocated(recipe, [pairs[0]], [pairs[1]], cost, rate)
             chosen[-1] = pairs if shared is not None and shared.errors[0] < _WORTH * error else chosen[-1]
     mixed = _allocated(recipe, [module for module, _ in chosen], [found for _, found in chosen], amount, rate)
     return mixed.shapes if mixed is not None and sum(mixed.errors) < sum(single.errors) else single.shapes
+
+
+def _in_pairs(recipe: Recipe, module: Module, spectra: LayerSpectra) -> tuple[Module, LayerSpectra]:
+    """With two experts to an input basis, where spectra of pairs are known."""
+    if spectra.paired_E is None:
+        return module, spectra
+    return Module.of(recipe, module.spec, module.dtype, input_group=2), spectra.in_pairs()
 
 
 def _allocated(
@@ -183,7 +194,7 @@ def comparable(spectra: Mapping[str, LayerSpectra], unseen: Collection[str]) -> 
 
     measured = [total(found) for name, found in spectra.items() if name not in unseen]
     scales = {name: sum(measured) / len(measured) / total(spectra[name]) for name in unseen if measured}
-    return {name: found.scaled(scales.get(name, 1.0)) for name, found in spectra.items()}
+    return {name: found.scaled(scales[name]) if name in scales else found for name, found in spectra.items()}
 
 
 def unit_scales(recipe: Recipe, spectra: LayerSpectra) -> tuple[float, float]:

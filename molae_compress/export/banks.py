@@ -102,6 +102,11 @@ class ExpertTensors:
     activate: Callable[[Tensor], Tensor]
     after: Callable[[Tensor], Tensor] | None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether one bank holds all experts in the order of the module, so that indices need no translation."""
+        return self.banks[0].experts == tuple(range(self.spec.num_experts))
+
 
 def expert_tensors(module: nn.Module, layout: Layout, spec: ExpertsSpec) -> ExpertTensors:
     """Reads an experts module whose weights are in memory.

@@ -81,6 +81,8 @@ def check_fits(experts: ExpertTensors, kind: Activation | None) -> None:
         problem = "of the activations it has only relu, tanh-gelu, silu, identity and gated silu"
     elif len(experts.banks) > 1:
         problem = f"the experts are stored in {len(experts.banks)} banks of different ranks"
+    elif not experts.in_place:
+        problem = "the experts are stored in another order than the router knows"
     else:
         problem = _misfit(experts.banks[0])
     if problem is not None:

@@ -63,7 +63,7 @@ def _bank(
     weight: ir.Value,
 ) -> ir.Value:
     spec, prefix = bank.spec, f"bank_{number}."
-    if len(experts.banks) > 1:
+    if not experts.in_place:
         index = emit.op("Gather", emit.weight(f"{prefix}place", places(bank, experts.spec.num_experts)), index)
     encode = bank.encode or _all_columns(spec.num_experts, spec.hidden, bank.core_ERJ)
     inputs = [

@@ -101,7 +101,7 @@ class _Bank:
     ) -> None:
         self.emit, self.bank, self.activation, self.after = emit, experts.banks[number], activation, after
         self.body = Emitter(emit.graph, f"{emit.prefix}/bank_{number}", emit.dtype)
-        self.total = experts.spec.num_experts if len(experts.banks) > 1 else None
+        self.total = None if experts.in_place else experts.spec.num_experts
         self.name = f"bank_{number}."
 
     def of(self, x: ir.Value, index: ir.Value, weight: ir.Value) -> ir.Value:

@@ -99,7 +99,7 @@ class LatentExperts(_Tensors):
 
     def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T,H] from inputs [T,H], the experts of each token [T,K] and their routing weights [T,K]."""
-        if len(self._banks) == 1:
+        if not self._banks[0].prefix:
             return self._of_bank(self, self._banks[0], x_TH, index_TK, weight_TK)
         y_TH = torch.zeros_like(x_TH)
         for number, bank in enumerate(self._banks):

@@ -87,9 +87,9 @@ class Basis(Section):
     )
     experts_per_input_group: Literal["auto", "all"] | Count = Field(
         default="auto",
-        description="Experts that share an input basis. `auto`: for quality 1 or 2, layer by layer whichever loses less by "
-        "its spectra (1 without spectra); `all` for serving; for `method: paper` 4, or the largest divisor of the number "
-        "of experts below 4.",
+        description="Experts that share an input basis. `auto`: for quality 1, or 2 in layers where `allocate: spectrum` "
+        "sees that pairs lose clearly less and no output basis is shared; `all` for serving; for `method: paper` 4, or the "
+        "largest divisor of the number of experts below 4.",
     )
     experts_per_output_group: Literal["auto", "all"] | Count = Field(
         default="auto", description="Experts that share an output basis. `auto`: 1 for quality, `all` for serving."

@@ -39,12 +39,11 @@ def _likeness(dense: DenseExperts, population: Population, ridge: float) -> Tens
     directions_HP = torch.randn(spec.hidden, _DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(root_HH)
     directions_HP = root_HH @ directions_HP
     channel_J = spec.channel_of_row().to(root_HH.device)
-    found = []
-    for w_JH, w_HI in zip(dense.w_in_EJH, dense.w_out_EHI, strict=True):
+    sketch_EX = root_HH.new_empty(spec.num_experts, directions_HP.numel())
+    for expert, (w_JH, w_HI) in enumerate(zip(dense.w_in_EJH, dense.w_out_EHI, strict=True)):
         weight_J1 = w_HI.to(work).square().sum(0)[channel_J, None]
         sketch_HP = root_HH.T @ (w_JH.to(work).T @ (weight_J1 * (w_JH.to(work) @ directions_HP)))
-        found.append(sketch_HP.flatten() / sketch_HP.norm().clamp_min(torch.finfo(work).tiny))
-    sketch_EX = torch.stack(found)
+        sketch_EX[expert] = sketch_HP.flatten() / sketch_HP.norm().clamp_min(torch.finfo(work).tiny)
     return (sketch_EX @ sketch_EX.T).cpu()
 
 

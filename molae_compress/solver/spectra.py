@@ -90,6 +90,10 @@ class LayerSpectra:
         assert self.paired_E is not None
         return LayerSpectra(self.paired_GM, self.output_GM[self.paired_E], self.paired_E)
 
+    def on_cpu(self) -> LayerSpectra:
+        """The same where ranks are chosen."""
+        return LayerSpectra.of_tensors(self.tensors())
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, on the CPU."""
         branches = {
@@ -130,7 +134,8 @@ def measure_spectra(
     def order_of(size: int) -> Sequence[int]:
         return alike(dense, population, size, fit.ridge_in) if cluster and 1 < size < E else range(E)
 
-    order = order_of(max(size if size < E else 1 for size in (shape.input_group, shape.output_group)))
+    # output groups follow the order of input groups, unless those are of one expert or of all
+    order = order_of(shape.input_group if 1 < shape.input_group < E else shape.output_group)
     paired: Sequence[int] = order_of(2) if pairs else ()
     pairs_GM: tuple[Tensor, ...] = ()
     if pairs:
