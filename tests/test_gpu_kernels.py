@@ -35,7 +35,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["interpreted", "launched"])
+@pytest.mark.parametrize("name", ["interpreted", "launched", "operators"])
 def test_in_a_process_of_its_own(name: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{name}.py"]

@@ -45,6 +45,10 @@ class CLaunch(ctypes.Structure):
     )
 
 
+class CCleared(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_uint64) for name in ("start", "size", "stream")), ("launched", ctypes.c_int))
+
+
 class CGate(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("activation", "gated", "interleaved")),
@@ -113,13 +117,19 @@ def compile_fake(folder: Path) -> Path:
     return made
 
 
-def compile_launcher(folder: Path, *, images: list[Image] | None, flags: tuple[str, ...] = ()) -> Path:
-    """The launcher as a library of its own, with `images` embedded or without any."""
+def compile_launcher(
+    folder: Path,
+    *,
+    images: list[Image] | None,
+    flags: tuple[str, ...] = (),
+    names: tuple[str, ...] = ("gpu_launch.cc", "gpu_driver.cc"),
+) -> Path:
+    """The launcher, or a library of other sources with it, with `images` embedded or without any."""
     folder.mkdir(exist_ok=True)
     if images is not None:
         write_table(images, folder)
     made = folder / "liblaunch.so"
-    sources = [str(SOURCES / name) for name in ("gpu_launch.cc", "gpu_driver.cc")]
+    sources = [str(SOURCES / name) for name in names]
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden", *flags]
     subprocess.run([*command, f"-I{folder}", *sources, "-o", str(made), "-ldl"], check=True)
     return made
@@ -131,6 +141,7 @@ class Device:
     def __init__(self, fake: Path, launcher: Path) -> None:
         self.fake = ctypes.CDLL(str(fake), mode=ctypes.RTLD_GLOBAL)
         self.fake.fake_launch.restype = ctypes.POINTER(CLaunch)
+        self.fake.fake_cleared.restype = ctypes.POINTER(CCleared)
         self.library = ctypes.CDLL(str(launcher))
         self.library.molae_gpu_message.restype = ctypes.c_char_p
 
@@ -158,6 +169,11 @@ class Device:
                 )
             )
         return found
+
+    def cleared(self) -> list[tuple[int, int, int, int]]:
+        """Start, size and stream of what was filled with zeros since the reset, and the number of launches before it."""
+        seen = [self.fake.fake_cleared(number).contents for number in range(self.fake.fake_clearings())]
+        return [(each.start, each.size, each.stream, each.launched) for each in seen]
 
     def enqueue(self, kind: str, call: ctypes.Structure, *, stream: int = 0) -> tuple[int, Tensor]:
         """Status of the call, and the scratch memory that it was given."""

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_ARGUMENTS = 40, MOST_LAUNCHES = 64 };
+enum { MOST_ARGUMENTS = 40, MOST_LAUNCHES = 64, MOST_CLEARED = 8 };
 
 struct Function {
   char name[64], entry[64];
@@ -19,12 +19,18 @@ struct Launch {
   uint64_t stream, arguments[MOST_ARGUMENTS];
 };
 
+struct Cleared {
+  uint64_t start, size, stream;
+  int launched; /* before it */
+};
+
 static struct {
   int major, minor, multiprocessors, refused, fails;
   uintptr_t context;
 } device;
 static struct Launch launches[MOST_LAUNCHES];
-static int launched, loaded;
+static struct Cleared cleared[MOST_CLEARED];
+static int launched, loaded, clearings;
 
 /* `refused`: architecture whose images do not load; `fails`: status of every launch. A new context each time. */
 void fake_reset(int major, int minor, int multiprocessors, int refused, int fails) {
@@ -34,11 +40,13 @@ void fake_reset(int major, int minor, int multiprocessors, int refused, int fail
   device.refused = refused;
   device.fails = fails;
   ++device.context;
-  launched = loaded = 0;
+  launched = loaded = clearings = 0;
 }
 int fake_launched(void) { return launched; }
 int fake_loaded(void) { return loaded; }
 const struct Launch* fake_launch(int number) { return &launches[number]; }
+int fake_clearings(void) { return clearings; }
+const struct Cleared* fake_cleared(int number) { return &cleared[number]; }
 
 int cuCtxGetCurrent(void** context) {
   *context = (void*)device.context;
@@ -82,5 +90,13 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   launch->shared = shared;
   launch->stream = (uintptr_t)stream;
   for (int i = 0; i < launch->function.arguments + 2; ++i) launch->arguments[i] = *(uint64_t*)arguments[i];
+  return 0;
+}
+/* Written down, not done. */
+int cuMemsetD8Async(uint64_t start, unsigned char value, size_t size, void* stream) {
+  if (device.fails) return device.fails;
+  if (clearings == MOST_CLEARED || value) return 1;
+  struct Cleared made = {start, size, (uintptr_t)stream, launched};
+  cleared[clearings++] = made;
   return 0;
 }

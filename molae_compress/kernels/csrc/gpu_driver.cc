@@ -38,6 +38,7 @@ struct Driver {
   int (*find)(void**, void*, const char*) = nullptr;
   int (*configure)(void*, int, int) = nullptr;
   int (*start)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) = nullptr;
+  int (*fill)(uintptr_t, unsigned char, size_t, void*) = nullptr;
   bool complete = false;
 
   Driver() {
@@ -46,7 +47,7 @@ struct Driver {
     complete = symbol(library, "cuCtxGetCurrent", &context) && symbol(library, "cuCtxGetDevice", &device) &&
                symbol(library, "cuDeviceGetAttribute", &attribute) && symbol(library, "cuModuleLoadData", &load) &&
                symbol(library, "cuModuleGetFunction", &find) && symbol(library, "cuFuncSetAttribute", &configure) &&
-               symbol(library, "cuLaunchKernel", &start);
+               symbol(library, "cuLaunchKernel", &start) && symbol(library, "cuMemsetD8Async", &fill);
   }
 
   template <class F>
@@ -183,6 +184,12 @@ int multiprocessors(int* count) {
   int device = 0;
   if (int status = driver().device(&device)) return status;
   return driver().attribute(count, kMultiprocessors, device);
+}
+
+int clear(void* data, size_t bytes, void* stream) {
+  if (!bytes) return MOLAE_GPU_OK;
+  if (!driver().complete) return MOLAE_GPU_NO_DRIVER;
+  return driver().fill(reinterpret_cast<uintptr_t>(data), 0, bytes, stream);
 }
 
 }  // namespace molae_gpu

@@ -56,4 +56,7 @@ int multiprocessors(int* count);
 // Launches a variant in the current context on `stream`.
 int launch(const char* name, unsigned grid_x, unsigned grid_y, Arguments& arguments, void* stream);
 
+// Enqueues zeros for `bytes` of device memory.
+int clear(void* data, size_t bytes, void* stream);
+
 }  // namespace molae_gpu

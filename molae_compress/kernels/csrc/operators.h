@@ -32,11 +32,16 @@ struct Operator {
   const Input* inputs;
   size_t input_count;
   std::unique_ptr<Node> (*create)(Element type, const Attributes& attributes);
+  // The same for the CUDAExecutionProvider, where tensors are in the memory of a GPU.
+  std::unique_ptr<Node> (*create_for_gpu)(Element type, const Attributes& attributes);
   // The output, of the first two inputs and flags among the attributes; empty if nothing can be said.
   Shape (*infer)(const Shape& first, const Shape& second, bool (*flag)(const void* context, const char* name), const void* context);
 };
 
 extern const Operator kGroupedGemm;
 extern const Operator kLatentExperts;
+
+std::unique_ptr<Node> make_gpu_grouped_gemm(Element type, const Attributes& attributes);
+std::unique_ptr<Node> make_gpu_latent_experts(Element type, const Attributes& attributes);
 
 }  // namespace molae

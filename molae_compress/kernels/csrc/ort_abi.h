@@ -30,6 +30,7 @@ constexpr uint32_t kApiVersion = 22;
   F(GetTensorTypeAndShape, 65)             \
   F(AllocatorAlloc, 75)                    \
   F(AllocatorFree, 76)                     \
+  F(AllocatorGetInfo, 77)                  \
   F(KernelInfoGetAttribute_float, 85)      \
   F(KernelInfoGetAttribute_int64, 86)      \
   F(KernelInfoGetAttribute_string, 87)     \
@@ -38,6 +39,7 @@ constexpr uint32_t kApiVersion = 22;
   F(KernelContext_GetOutput, 91)           \
   F(ReleaseTensorTypeAndShapeInfo, 99)     \
   F(ReleaseAllocator, 132)                 \
+  F(KernelContext_GetGPUComputeStream, 193)  \
   F(ShapeInferContext_GetInputCount, 267)  \
   F(ShapeInferContext_GetInputTypeShape, 268)  \
   F(ShapeInferContext_GetAttribute, 269)   \
@@ -45,6 +47,7 @@ constexpr uint32_t kApiVersion = 22;
   F(SetSymbolicDimensions, 271)            \
   F(ReadOpAttr, 272)                       \
   F(KernelContext_ParallelFor, 274)        \
+  F(KernelContext_GetScratchBuffer, 277)   \
   F(KernelInfoGetAllocator, 278)
 // --8<-- [end:functions]
 

@@ -8,6 +8,7 @@ struct Variant : OrtOperator {
   const Operator* op;
   OrtElement element;
   Element type;
+  bool on_gpu;
 };
 
 const Variant& variant_of(const OrtOperator* op) { return *static_cast<const Variant*>(op); }
@@ -16,7 +17,7 @@ const Variant& variant_of(const OrtOperator* op) { return *static_cast<const Var
 struct Kernel {
   Kernel(const OrtTable* table, const void* info, const Variant& variant) : table(table), name(variant.op->name) {
     Ort ort(table);
-    node = variant.op->create(variant.type, Attributes(ort, info));
+    node = (variant.on_gpu ? variant.op->create_for_gpu : variant.op->create)(variant.type, Attributes(ort, info));
     ort(Fn::KernelInfoGetAllocator, info, static_cast<int>(kMemoryDefault), &allocator);
   }
   ~Kernel() {
@@ -101,14 +102,17 @@ OrtElement element_of(const OrtOperator* op, OrtElement element) {
   return element == kNoElement ? variant_of(op).element : element;
 }
 
-Variant variant(const Operator& op, OrtElement element, Element type) {
+Variant variant(const Operator& op, OrtElement element, Element type, bool on_gpu) {
   Variant out{};
   out.op = &op;
   out.element = element;
   out.type = type;
+  out.on_gpu = on_gpu;
   out.version = kApiVersion;
   out.GetName = [](const OrtOperator* self) { return variant_of(self).op->name; };
-  out.GetExecutionProviderType = [](const OrtOperator*) { return "CPUExecutionProvider"; };
+  out.GetExecutionProviderType = [](const OrtOperator* self) {
+    return variant_of(self).on_gpu ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  };
   out.GetInputType = [](const OrtOperator* self, size_t i) -> int { return element_of(self, variant_of(self).op->inputs[i].element); };
   out.GetInputTypeCount = [](const OrtOperator* self) { return variant_of(self).op->input_count; };
   out.GetOutputType = [](const OrtOperator* self, size_t) -> int { return variant_of(self).element; };
@@ -131,9 +135,10 @@ Variant variant(const Operator& op, OrtElement element, Element type) {
 void* make_domain(const OrtTable* table) {
   static std::vector<Variant> variants;
   for (const Operator* op : {&kGroupedGemm, &kLatentExperts})
-    for (const auto& [element, type] : {std::pair(kOrtFloat, Element::kFloat), std::pair(kOrtFloat16, Element::kHalf),
-                                        std::pair(kOrtBfloat16, Element::kBfloat)})
-      variants.push_back(variant(*op, element, type));
+    for (const bool on_gpu : {false, true})
+      for (const auto& [element, type] : {std::pair(kOrtFloat, Element::kFloat), std::pair(kOrtFloat16, Element::kHalf),
+                                          std::pair(kOrtBfloat16, Element::kBfloat)})
+        if (!on_gpu || type != Element::kFloat) variants.push_back(variant(*op, element, type, on_gpu));
   void* domain = nullptr;
   Ort ort(table);
   ort(Fn::CreateCustomOpDomain, "molae", &domain);

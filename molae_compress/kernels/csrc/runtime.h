@@ -144,6 +144,7 @@ class Call {
   }
 
   const Ort& ort() const { return ort_; }
+  void* context() const { return context_; }
   void* allocator() const { return allocator_; }
 
  private:
