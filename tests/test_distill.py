@@ -23,7 +23,7 @@ from tests.conftest import CheckpointMaker
 from tests.runs import bits, recipe_for, same_every_time, tensors_in
 from tests.test_solver import OSS, PLAIN, UNGATED, E, grouped, layer, tokens
 
-STEPS, TOKENS = 40, 4000
+STEPS, TOKENS = 60, 6000
 LAYER = LatentShape("layer", 8, 8, E, E)
 BANKED = BankedShape(
     ((0, 3), (1, 2)), (grouped(6, 6, 1, 2, storage="interpolative"), grouped(9, None, 2, 2, gate_up="separate"))
