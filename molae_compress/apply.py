@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from molae_compress.checkpoint import (
     check_output_folder,
     check_place,
     check_places,
-    publish,
+    put_at,
     write_file,
 )
 from molae_compress.checkpoint.writer import disk_errors
@@ -159,29 +158,13 @@ def run(
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk
         # and named after that directory, whose lock so covers it
         staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
-        report = _put_at(out, staging, lambda: job.write(staging, shapes))
+        report = put_at(out, staging, lambda: job.write(staging, shapes))
         if work_dir is None:
             work.remove()
         else:
             work.discard(SOLVE)
             work.discard(ROUTERS)
     check_gate(recipe, report)
-    return report
-
-
-def _put_at(out: Path, staging: Path, write: Callable[[], Report]) -> Report:
-    """Writes a new folder and moves it to its place, where an earlier artifact stays until then."""
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        report = write()
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # gives its space back, which may be what is missing
-        raise
-    replaced = staging.with_suffix(".replaced")
-    if is_artifact(out):
-        out.rename(replaced)
-    publish(staging, out)
-    shutil.rmtree(replaced, ignore_errors=True)
     return report
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from molae_compress.checkpoint import (
     check_free_space,
     check_output_folder,
     check_places,
-    publish,
+    put_at,
     write_file,
     write_shards,
 )
@@ -91,13 +90,7 @@ def expand(
             progress(_STAGE, done + 1, len(layers))
         # beside the result, so that it gets there by a rename also if the work directory lies on another disk
         staging = out.with_name(f".{out.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            _write(staging, source, latent, [f"layer.{layer}" for layer in layers], work)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        publish(staging, out)
+        put_at(out, staging, lambda: _write(staging, source, latent, [f"layer.{layer}" for layer in layers], work))
         work.remove()
 
 

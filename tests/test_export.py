@@ -374,8 +374,9 @@ def test_an_existing_folder_is_replaced_only_if_it_is_an_export_and_told_to(
     other.mkdir()
     (other / "thesis.txt").write_text("Do not lose.")
     for output, overwrite in ((earlier, False), (other, False), (other, True)):
-        with pytest.raises(ResumeError, match="not empty"):
+        with pytest.raises(ResumeError, match="not empty") as caught:
             export_onnx(compressed, output, experts="standard", overwrite=overwrite)
+        assert ("--overwrite" in caught.value.remedy) == (output == earlier)
     inside = earlier / "again"
     with pytest.raises(ResumeError, match="inside"):
         export_onnx(compressed, inside, experts="standard")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from molae_compress.checkpoint.finite import check_finite
 from molae_compress.checkpoint.reader import CHUNK_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensors
 from molae_compress.errors import CheckpointError, ResumeError, human_bytes
 
+Result = TypeVar("Result")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -190,6 +192,28 @@ def publish(temporary: Path, final: Path) -> None:
                 raise _occupied(final) from error
             raise
         _sync(final.parent)
+
+
+def put_at(final: Path, temporary: Path, write: Callable[[], Result]) -> Result:
+    """Writes a new folder and moves it to its place, where an earlier result stays until then.
+
+    Args:
+        final: its place; what is there may be replaced (`check_output_folder`).
+        temporary: on the same file system; what a killed run left there is removed.
+        write: makes `temporary`, which is gone again if it fails.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        result = write()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # gives its space back, which may be what is missing
+        raise
+    replaced = temporary.with_suffix(".replaced")
+    if final.is_dir() and any(final.iterdir()):
+        final.rename(replaced)
+    publish(temporary, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return result
 
 
 def check_output_folder(path: Path, *, ours: Callable[[Path], bool]) -> None:

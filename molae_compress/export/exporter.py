@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from molae_compress.adapters.skeleton import read_config
 from molae_compress.artifact import copy_companions
-from molae_compress.checkpoint import check_free_space, check_output_folder, publish, write_file
+from molae_compress.checkpoint import check_free_space, check_output_folder, put_at, write_file
 from molae_compress.checkpoint.source import resolve_model
 from molae_compress.checkpoint.writer import check_place, disk_errors
 from molae_compress.compress import Progress, silent
-from molae_compress.errors import ExportError, ModelError
+from molae_compress.errors import ExportError, ModelError, ResumeError
 from molae_compress.export.banks import ExpertTensors, expert_tensors
 from molae_compress.export.checks import (
     HALF_TOLERANCE,
@@ -117,7 +117,12 @@ def export_onnx(
     onnxruntime()
     _check_exporter()
     output, report = Path(output).expanduser().resolve(), progress or silent
-    check_output_folder(output, ours=lambda path: overwrite and is_export(path))
+    if is_export(output) and not overwrite:
+        raise ResumeError(
+            f"The output folder '{output}' holds an earlier export and is not empty.",
+            remedy="Give another output folder, or --overwrite (in Python `overwrite=True`) to replace it.",
+        )
+    check_output_folder(output, ours=is_export)
     library = _library() if experts == "molae" else None
     source = resolve_model(str(folder))
     check_place(output, "output folder", source.resolve(), ours=is_export)
@@ -127,21 +132,16 @@ def export_onnx(
     needed = sum(tensor.numel() for tensor in model.parameters()) * DTYPES[dtype].itemsize
     check_free_space(output.parent, needed, "the exported model")
     staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
-    try:
+
+    def write() -> Export:
         with disk_errors(staging):
             staging.mkdir(parents=True)
             copy_companions(staging, source)
         found = _write_and_check(model, source, staging, experts, dtype, library, report)
-        del model
         write_file(staging / RECORD, _json(found.to_dict()))
-        if output.exists():
-            shutil.rmtree(output)
-        publish(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return found
+        return found
+
+    return put_at(output, staging, write)
 
 
 def is_export(folder: Path) -> bool:
