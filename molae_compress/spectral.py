@@ -19,6 +19,7 @@ from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
 _WORTH = 0.9  # of the error, below which experts share a basis: it costs operations, and the refinement gains less by it
 _BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
+_LEAST = 0.8  # of the input rank that all experts of a layer would share, for text that calibration did not hold
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,11 @@ def _in_pairs(recipe: Recipe, module: Module, spectra: LayerSpectra) -> tuple[Mo
 def _allocated(
     recipe: Recipe, modules: Sequence[Module], spectra: Sequence[LayerSpectra], amount: int, rate: float
 ) -> _Allocation | None:
-    """Ranks for modules with their groups; None if the lowest cost too much.
-
-    Banks first: units of experts (as many as share a basis on either side) are put together with those of their layer that
-    would get ranks of about the same cost if each had ranks of its own. A bank then is given ranks like a layer.
-    """
+    """Ranks for modules with their groups and banks; None if the lowest cost too much."""
     pairs = list(zip(modules, spectra, strict=True))
     layers = [[_part(recipe, module, found, range(module.spec.num_experts), rate)] for module, found in pairs]
     if (banks := _bank_count(recipe)) > 1:
-        tables = [table for module, found in pairs for table in _tables(recipe, module, found, rate)]
-        if (spent := bought(tables, amount)) is not None:
-            per_layer = iter(spent)
-            for place, (module, found) in enumerate(pairs):
-                taken_U = sum((next(per_layer) for _ in module.sides), torch.zeros(()))
-                units = _units(module)
-                for_bank = partition(taken_U.tolist(), banks)
-                together = [sorted(expert for unit in members for expert in units[unit]) for members in for_bank]
-                layers[place] = [_part(recipe, module, found, places, rate) for places in together]
+        layers = _in_banks(recipe, pairs, [part for (part,) in layers], banks, amount, rate)
     curves = [curve for parts in layers for part in parts for curve in part.curves]
     picks = allocate(curves, amount)
     if picks is None:
@@ -114,6 +103,41 @@ def _allocated(
         costs.append(sum(curve.costs[k] for curve, k in flat))
         errors.append(sum(curve.errors[k] for curve, k in flat))
     return _Allocation(shapes, costs, errors)
+
+
+def _in_banks(
+    recipe: Recipe,
+    pairs: Sequence[tuple[Module, LayerSpectra]],
+    whole: Sequence[_Part],
+    banks: int,
+    amount: int,
+    rate: float,
+) -> list[list[_Part]]:
+    """The parts of every layer that are given ranks of their own: its banks, or the whole layer if the budget is too small.
+
+    Units of experts (as many as share a basis on either side) are put together with those of their layer that would get
+    ranks of about the same cost if each had ranks of its own. Input ranks stay near the one that the layer would have in
+    one piece: an expert whose inputs look simple may be one for words that the calibration text does not hold.
+    """
+    shared = allocate([curve for part in whole for curve in part.curves], amount)
+    if shared is None:
+        return [[part] for part in whole]
+    picks = iter(shared)
+    taken = [[next(picks) for _ in part.curves] for part in whole]
+    least = [_LEAST * part.curves[0].ranks[each[0]] for part, each in zip(whole, taken, strict=True)]
+    tables = [table for pair, low in zip(pairs, least, strict=True) for table in _tables(recipe, *pair, rate, low)]
+    spent = bought(tables, amount)
+    if spent is None:
+        return [[part] for part in whole]
+    per_side, layers = iter(spent), []
+    for (module, found), low in zip(pairs, least, strict=True):
+        taken_U = sum((next(per_side) for _ in module.sides), torch.zeros(()))
+        units = _units(module)
+        together = [
+            sorted(expert for unit in members for expert in units[unit]) for members in partition(taken_U.tolist(), banks)
+        ]
+        layers.append([_part(recipe, module, found, places, rate, low) for places in together])
+    return layers
 
 
 def _bank_count(recipe: Recipe) -> int:
@@ -136,8 +160,8 @@ def _energy(recipe: Recipe, spectra: Sequence[LayerSpectra]) -> float:
     )
 
 
-def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra, rate: float) -> list[tuple[Tensor, Tensor]]:
-    """For each side of a module, errors [U,R] of its units at each rank, and costs [R]."""
+def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra, rate: float, least: float) -> list[tuple[Tensor, Tensor]]:
+    """For each side of a module, errors [U,R] of its units at each rank, and costs [R]; input ranks from `least` on."""
     units, scales = _units(module), unit_scales(recipe, spectra)
     own = module.with_experts(len(units[0]))
     sides: list[tuple[float, tuple[Tensor, ...]]] = [(scales[0], spectra.input_GM), (scales[1], (spectra.output_GM,))]
@@ -149,15 +173,22 @@ def _tables(recipe: Recipe, module: Module, spectra: LayerSpectra, rate: float) 
     if module.shape.form == "layer":
         errors = [errors[0] + errors[1]]
     tables = []
-    for side, all_of, error_UR in zip(own.sides, module.sides, errors, strict=False):
+    for side, all_of, error_UR, low in zip(own.sides, module.sides, errors, (least, 0.0), strict=False):
         # as in the module: that a unit alone might be a bank, whose basis every token reads, is not known yet
         error_UR = error_UR + rate / len(units) * torch.tensor(all_of.work, dtype=error_UR.dtype)
-        choices = torch.tensor(side.choices)
+        choices = torch.tensor([k for k in side.choices if side.ranks[k] >= low] or side.choices[-1:])
         tables.append((error_UR[:, choices], torch.tensor(side.costs, dtype=torch.float64)[choices]))
     return tables
 
 
-def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, places: Sequence[int], rate: float) -> _Part:
+def _part(
+    recipe: Recipe,
+    module: Module,
+    spectra: LayerSpectra,
+    places: Sequence[int],
+    rate: float,
+    least: float = 0.0,
+) -> _Part:
     own = module.with_experts(len(places))
     groups_in = sorted({place // module.shape.input_group for place in places})
     groups_out = sorted({place // module.shape.output_group for place in places})
@@ -168,8 +199,8 @@ def _part(recipe: Recipe, module: Module, spectra: LayerSpectra, places: Sequenc
     errors = _errors(found, scales, own.sides[0].ranks, own.sides[-1].ranks)
     sides = [[a + b for a, b in zip(*errors, strict=True)]] if module.shape.form == "layer" else list(errors)
     curves = tuple(
-        side.curve([error + rate * work for error, work in zip(lost, side.work, strict=True)])
-        for side, lost in zip(own.sides, sides, strict=False)
+        side.curve([error + rate * work for error, work in zip(lost, side.work, strict=True)]).from_rank(low)
+        for side, lost, low in zip(own.sides, sides, (least, 0.0), strict=False)
     )
     return _Part(own, tuple(places), curves)
 

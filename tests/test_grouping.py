@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_experts_share_a_basis_where_that_loses_less() -> None:
         chosen(families(), cluster=False, experts_per_input_group=2)[0],
     ]
     assert all(error(families(), shape) < 0.85 * error(families(), other) for other in others)
+
+
+def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece() -> None:
+    spec = ExpertsSpec("experts", 0, 6, 64, 64, top_k=2)
+    fall_EM = torch.tensor([0.5, 0.9, 0.95, 0.95, 0.95, 0.95], dtype=torch.float64)[:, None] ** torch.arange(64)
+    ranks = {}
+    for banks in (1, 6):
+        budget = {"keep": 0.5, "align": 1, "banks": banks}
+        recipe = Recipe.load({"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": budget})
+        spectra = LayerSpectra((fall_EM,), 0.95 * fall_EM[3:4].expand(6, -1), torch.arange(6))
+        found = by_spectrum(recipe, [Module.of(recipe, spec, None)], [spectra], spec.dense_numel // 2)
+        assert found is not None
+        assert found[0] is not None
+        ranks[banks] = [bank.shape.rank_in for e in range(6) for bank in found[0].banks(spec) if e in bank.experts]
+    assert len(set(ranks[1])) == 1
+    assert ranks[6][0] == min(ranks[6]) == math.ceil(0.8 * ranks[1][0])
+    assert max(ranks[6]) > ranks[1][0]
 
 
 def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:

@@ -85,11 +85,8 @@ class Bench:
         started = time.process_time()
         report = molae.compress_(model, loaded, data=windows_NL)
         seconds = time.process_time() - started
-        layers = report.plan["layers"]
         work = {key: report.plan[key] for key in ("dense_flops", "flops", "active_bytes")}
-        groups = sorted({layer["shape"]["input_group"] for layer in layers if "input_group" in (layer["shape"] or {})})
-        group = {"input_group": groups[0]} if len(groups) == 1 else {}
-        return {**self._measured(model, report.plan["parameters"], seconds), **work, **group}
+        return {**self._measured(model, report.plan["parameters"], seconds), **work}
 
     def _baseline(self, cell: Cell, windows_NL: Tensor | None) -> dict[str, Any]:
         model = copy.deepcopy(self.original)

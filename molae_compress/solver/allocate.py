@@ -28,6 +28,11 @@ class Curve:
     costs: tuple[int, ...]
     errors: tuple[float, ...]
 
+    def from_rank(self, least: float) -> Curve:
+        """Without the choices below a rank; the last remains in any case."""
+        first = min(sum(rank < least for rank in self.ranks), len(self.ranks) - 1)
+        return Curve(self.ranks[first:], self.costs[first:], self.errors[first:])
+
     def gain(self, start: int, target: int) -> float:
         """Fall in error per unit of cost between two choices."""
         return (self.errors[start] - self.errors[target]) / (self.costs[target] - self.costs[start])
