@@ -1,12 +1,12 @@
 """Peak memory of `apply` on checkpoints that differ in nothing but their number of layers.
 
-    python benchmarks/memory.py                      # 4 and 24 layers of 201 MB each, minutes on two cores
+    python benchmarks/memory.py                      # 4 and 24 layers of 203 MB each, about an hour of one core
     python benchmarks/memory.py --layers 2 6 --stages
     python benchmarks/memory.py --json               # for a program
 
 Qwen3-MoE checkpoints of random bf16 weights are written tensor by tensor, so that they are never in memory; experts have
-falling spectra, so that all layers are compressed alike and none is left dense. Each is then
-compressed by the default recipe in a process of its own, whose largest resident size the system itself has kept (VmHWM).
+falling spectra, so that layers are compressed about alike. Each is then compressed by the default recipe in a process
+of its own, whose largest resident size the system itself has kept (VmHWM).
 Goals: the peaks differ by less than 10 %, and beyond what the process takes after planning and the plan's stated
 activations a run needs less than 3 times the bytes of one dense decoder layer.
 """
