@@ -13,6 +13,7 @@ from molae_compress.errors import MolaeError
 from molae_compress.modeling.quantizer import installed_version, register
 
 if TYPE_CHECKING:
+    from molae_compress import theory
     from molae_compress.apply import plan, run
     from molae_compress.evaluation import Evaluation, evaluate
     from molae_compress.expansion import expand
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from molae_compress.planning import Plan
     from molae_compress.recipe import Recipe
     from molae_compress.report import Report
+    from molae_compress.scratch import from_config, report_for
     from molae_compress.verification import Verification, verify
 
 __version__ = installed_version()
@@ -34,7 +36,9 @@ _HOMES = {
     "evaluate": "molae_compress.evaluation",
     "expand": "molae_compress.expansion",
     "expand_": "molae_compress.modeling.expand",
+    "from_config": "molae_compress.scratch",
     "plan": "molae_compress.apply",
+    "report_for": "molae_compress.scratch",
     "run": "molae_compress.apply",
     "verify": "molae_compress.verification",
 }
@@ -49,8 +53,11 @@ __all__ = [
     "evaluate",
     "expand",
     "expand_",
+    "from_config",
     "plan",
+    "report_for",
     "run",
+    "theory",
     "verify",
 ]
 
@@ -58,6 +65,8 @@ register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "theory":
+        return importlib.import_module("molae_compress.theory")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'molae_compress' has no attribute '{name}'")

@@ -49,6 +49,7 @@ from molae_compress.recipe.sections import Calibration, Evaluate
 from molae_compress.report import Report, file_hashes, model_card
 from molae_compress.routers import STAGE as ROUTERS
 from molae_compress.routers import Trained, check_windows, heal_routers, routers_of, trainable_routers
+from molae_compress.scratch import plan_from_scratch
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
@@ -79,7 +80,12 @@ def plan(
         RecipeError, ModelError, CheckpointError: whatever `run` would refuse before it reads a weight.
         ResumeError: the work directory is that of another model, text or way of fitting, or holds an unfinished run.
     """
-    job = _Job.open(Recipe.load(recipe), device, max_memory, trust_remote_code)
+    recipe = Recipe.load(recipe)
+    if recipe.init is not None:
+        if measured:
+            raise RecipeError("A model from scratch has nothing to measure.", remedy="Plan it without --measured.")
+        return plan_from_scratch(recipe, trust_remote_code=trust_remote_code)
+    job = _Job.open(recipe, device, max_memory, trust_remote_code)
     if not measured:
         return job.plan(job.run.expected_shapes(job.copied_bytes()), measured=not job.run.needs_spectra())
     job.run.progress = progress or silent
@@ -185,6 +191,11 @@ class _Job:
 
     @classmethod
     def open(cls, recipe: Recipe, device: str, max_memory: int | None, trust_remote_code: bool) -> _Job:
+        if recipe.init is not None:
+            raise RecipeError(
+                "The recipe has an `init` section: it starts a model from random weights instead of compressing one.",
+                remedy="Use `molae-compress init`, or remove `init`.",
+            )
         if recipe.model is None:
             raise RecipeError("The recipe names no model.", remedy="Add `model:`, or use compress_ on a model in memory.")
         source = DiskSource.open(

@@ -163,6 +163,20 @@ def most_bytes(
     return numbers * max(widths) + pivots * max(0, PIVOT_DTYPE.itemsize - min(widths))
 
 
+def ranks_of(recipe: Recipe, spec: ExpertsSpec, ranks: tuple[int, int]) -> LatentShape:
+    """The shape at ranks (input, output) that are given for one module; raises `RecipeError` if they do not fit it."""
+    shape = template(recipe, spec)
+    full_in, full_out = full_ranks(spec, shape)
+    fixed = ranked(shape, *ranks)
+    if ranks[0] > full_in or (shape.rank_out is not None and ranks[1] > full_out) or fixed.numel(spec) >= spec.dense_numel:
+        raise RecipeError(
+            f"The ranks {ranks[0]} and {ranks[1]} would make '{spec.name}' larger: {fixed.numel(spec):,} numbers instead of "
+            f"{spec.dense_numel:,}, at most rank {full_in} on the input side and {full_out} on the output side.",
+            remedy="Use lower ranks, or share bases over larger groups of experts.",
+        )
+    return fixed
+
+
 def _fixed_rank(spec: ExpertsSpec, shape: LatentShape, rank: int | str) -> LatentShape:
     full_in, full_out = full_ranks(spec, shape)
     if rank == "full":

@@ -55,6 +55,8 @@ def compress_(
         MolaeError: as `run`; the model is then unchanged.
     """
     recipe = Recipe.load(recipe)
+    if recipe.init is not None:
+        raise RecipeError("The recipe has an `init` section, and the model is there.", remedy="Remove it.")
     if recipe.budget.target_size is not None:
         raise RecipeError("`budget.target_size` is the size of a folder on disk.", remedy="Use `budget.keep` in memory.")
     if data is not None and recipe.calibration is None:

@@ -1,4 +1,8 @@
-"""What the routed experts cost one token: multiply-adds, and bytes of weights; as the modules compute it."""
+"""What the routed experts cost one token, as the modules compute it.
+
+Multiply-adds, bytes of weights, bytes kept for the backward pass, numbers sent between devices. Biases, norms and
+activations are left out where multiply-adds are counted. Shape suffixes: see `molae_compress.tensors`.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +50,66 @@ def operations(spec: ExpertsSpec, shape: AnyShape | None) -> int:
         return 2 * sum(dense_multiply_adds(spec))
     among = spec.num_experts
     return 2 * round(sum(sum(multiply_adds(bank.spec, bank.shape, among)) for bank in shape.banks(spec)) / among)
+
+
+def backward_operations(spec: ExpertsSpec, shape: AnyShape | None) -> int:
+    """Those of the backward pass: every product is there twice, for the gradient of its input and of its weights."""
+    return 2 * operations(spec, shape)
+
+
+def kept_bytes(spec: ExpertsSpec, shape: AnyShape | None, dtype: torch.dtype) -> int:
+    """Bytes of activations that one token leaves behind for the backward pass, all experts alike busy.
+
+    Of the experts backend `grouped_mm` and an activation that keeps its rows, the gate's output and the product, as
+    `silu(gate) * up` does; clamps and the like keep more. A basis in interpolative storage that not all experts share keeps
+    the column indices of every slot too, in 64 bits.
+
+    Args:
+        spec: of the module.
+        shape: how it is stored; None for the dense module.
+        dtype: of the activations.
+    """
+    H, K = spec.hidden, spec.top_k
+    inside = spec.rows + (2 if spec.has_gate else 1) * spec.intermediate + 1  # the last one is the routing weight
+    if shape is None:
+        return dtype.itemsize * K * (2 * H + inside)
+    total = 0.0
+    for bank in shape.banks(spec):
+        part = bank.shape
+        slots, share = K * bank.spec.num_experts / spec.num_experts, bank.spec.num_experts / spec.num_experts
+        whole_in, whole_out = (group == bank.spec.num_experts for group in (part.input_group, part.output_group))
+        whole_out = whole_out and part.rank_out is not None and not spec.has_output_norm
+        numbers, indices = slots * inside, 0.0
+        numbers += H * (share if whole_in else slots)
+        branches = len(part.branches())
+        numbers += slots * branches * part.rank_in
+        if part.storage == "interpolative":
+            numbers += branches * (H - part.rank_in) * (share if whole_in else slots)
+            indices += 0 if whole_in else branches * H * slots
+            indices += 0 if part.rank_out is None or part.output_group == bank.spec.num_experts else H * slots
+        if part.rank_out is not None:
+            numbers += part.rank_out * slots
+        numbers += (part.rank_out or 0) * share if whole_out else H * slots
+        total += dtype.itemsize * numbers + torch.int64.itemsize * indices
+    return round(total)
+
+
+def sent_numbers(spec: ExpertsSpec, shape: AnyShape | None) -> int:
+    """Numbers on the wire for one token in a forward pass under expert parallelism, dispatch and combine.
+
+    All experts are taken to be alike busy, and no two of a token to be on one device. The backward pass sends as many.
+    """
+    if shape is None:
+        return 2 * spec.top_k * spec.hidden
+    return round(sum(len(bank.experts) * _sent(bank.spec, bank.shape) for bank in shape.banks(spec)) / spec.num_experts)
+
+
+def _sent(spec: ExpertsSpec, shape: LatentShape) -> int:
+    H, whole_in, whole_out = spec.hidden, shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
+    # A latent row is sent only where that is less than the hidden state: separate bases of high rank have more.
+    sent_in = min(H, len(shape.branches()) * shape.rank_in) if whole_in else H
+    sent_out = shape.rank_out if whole_out and shape.rank_out is not None and not spec.has_output_norm else H
+    return spec.top_k * (sent_in + sent_out)
 
 
 def active_bytes(spec: ExpertsSpec, shape: AnyShape, dtype: torch.dtype) -> int:

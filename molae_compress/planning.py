@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from molae_compress.budget import Shapes
+from molae_compress.efficiency import Cost, compare_costs, cost_lines
 from molae_compress.errors import human_bytes
-from molae_compress.operations import active_bytes, operations
+from molae_compress.operations import active_bytes, operations, sent_numbers
 from molae_compress.prediction import Choice, Prediction
 from molae_compress.solver.distill import BATCH as TRAINED_TOKENS
 from molae_compress.solver.newton import KEPT
 from molae_compress.solver.population import ROWS
-from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
+from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec
 
 LIBRARIES = 64_000_000  # bytes that torch and the allocator take for themselves in the course of a run, measured
 
@@ -73,6 +74,8 @@ class Plan:
         prediction: quality at these ranks; None unless it was measured what it follows from.
         choices: other budgets, with their predictions.
         unpredictable: why there is no prediction, where one was asked for.
+        costs: what all routed experts cost as dense ones, in the paper's form of as many parameters (where it can be so
+            small), and in this plan.
     """
 
     model: str | None
@@ -90,6 +93,7 @@ class Plan:
     prediction: Prediction | None = None
     choices: tuple[Choice, ...] = ()
     unpredictable: str | None = None
+    costs: tuple[Cost, ...] = ()
 
     @property
     def dense_parameters(self) -> int:
@@ -127,7 +131,13 @@ class Plan:
         layers = [
             {**asdict(layer), "shape": layer.shape.to_dict() if layer.shape is not None else None} for layer in self.layers
         ]
-        totals = {"dense_parameters": self.dense_parameters, "parameters": self.parameters, **self.per_token()}
+        costs = [cost.to_dict() for cost in self.costs]
+        totals = {
+            "costs": costs,
+            "dense_parameters": self.dense_parameters,
+            "parameters": self.parameters,
+            **self.per_token(),
+        }
         return {**asdict(self), "layers": layers, **totals, "warnings": list(self.warnings())}
 
     def __str__(self) -> str:
@@ -165,6 +175,8 @@ class Plan:
             lines.append(f"no prediction: {self.unpredictable}")
         if self.choices:
             lines += ["", *_choice_lines(self.choices)]
+        if self.costs:
+            lines += ["", *cost_lines(self.costs), ""]
         if not self.measured and self.max_kl is not None:
             lines.append(
                 "ranks shown are the largest; the run, or `plan --measured`, finds the smallest predicted to satisfy "
@@ -212,7 +224,6 @@ def described(shape: AnyShape) -> tuple[str, str, str]:
 def layer_plan(spec: ExpertsSpec, shape: AnyShape | None, *, dense_bytes: int, dtype: torch.dtype) -> LayerPlan:
     """Adds up one module; `dense_bytes` are those of the checkpoint's tensors, `dtype` that of the latent ones."""
     dense_active = round(dense_bytes * spec.top_k / spec.num_experts)
-    traffic = 2 * spec.top_k * spec.hidden
     return LayerPlan(
         name=spec.name,
         shape=shape,
@@ -224,22 +235,9 @@ def layer_plan(spec: ExpertsSpec, shape: AnyShape | None, *, dense_bytes: int, d
         flops=operations(spec, shape),
         dense_active_bytes=dense_active,
         active_bytes=dense_active if shape is None else active_bytes(spec, shape, dtype),
-        dense_traffic=traffic,
-        traffic=traffic if shape is None else _traffic(spec, shape),
+        dense_traffic=sent_numbers(spec, None),
+        traffic=sent_numbers(spec, shape),
     )
-
-
-def _traffic(spec: ExpertsSpec, shape: AnyShape) -> int:
-    """Numbers on the wire for one token; all experts alike busy."""
-    return round(sum(len(bank.experts) * _sent(bank.spec, bank.shape) for bank in shape.banks(spec)) / spec.num_experts)
-
-
-def _sent(spec: ExpertsSpec, shape: LatentShape) -> int:
-    H, whole_in, whole_out = spec.hidden, shape.input_group == spec.num_experts, shape.output_group == spec.num_experts
-    if shape.rank_out is None:
-        return 2 * spec.top_k * H
-    sent_in = len(shape.branches()) * shape.rank_in if whole_in else H
-    return spec.top_k * (sent_in + (shape.rank_out if whole_out else H))
 
 
 def solver_bytes(spec: ExpertsSpec) -> int:
@@ -341,4 +339,5 @@ def make_plan(
         tokens=tokens,
         stored_bytes=stored_bytes,
         max_kl=max_kl,
+        costs=compare_costs(specs, shapes, dtypes),
     )

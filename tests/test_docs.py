@@ -207,7 +207,7 @@ def run_as_written(page: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/api.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/api.md", "docs/from-scratch.md"])
 def test_examples_run_as_written(name: str, clone: Path) -> None:
     torch.manual_seed(0)
     assert run_as_written(ROOT / name) > 0

@@ -307,10 +307,13 @@ def test_unusable_files(content: bytes, message: str, tmp_path: Path) -> None:
 
 def test_bundled_recipes_load_by_name_and_explain_themselves() -> None:
     bundled = bundled_recipes()
-    assert list(bundled) == ["deepseek", "gpt_oss", "mixtral", "olmoe", "quickstart", "qwen_moe"]
+    assert list(bundled) == ["deepseek", "gpt_oss", "mixtral", "olmoe", "quickstart", "qwen_moe", "scratch"]
     for name, path in bundled.items():
         recipe = Recipe.load(name)
         assert recipe == Recipe.load(path)
+        if recipe.init is not None:
+            assert f"molae-compress init recipes/{name}.yaml" in path.read_text(encoding="utf-8")
+            continue
         assert recipe.model
         assert recipe.calibration is not None
         assert recipe.evaluate is not None

@@ -63,6 +63,11 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+def sizes(family: str) -> dict[str, Any]:
+    """Values of the configuration of a tiny model of the family."""
+    return _COMMON | _FAMILY[family]
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """An eval CausalLM of the family whose experts and routers matter: random, reproducible, under 200 kB.
 

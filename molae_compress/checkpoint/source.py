@@ -57,12 +57,13 @@ _NEVER = [
 ]
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
+def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """Finds the folder of a model, downloading a hub id into the cache of huggingface_hub if needed.
 
     Args:
         model: an existing folder, or a hub id of the form `owner/name`.
         revision: branch, tag or commit of a hub id.
+        weights: whether they are downloaded too.
 
     Raises:
         CheckpointError: a path that does not exist (with close matches), a hub id that does not exist, is gated, or
@@ -89,7 +90,7 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
             remedy="Check the path. A model of the hub is given as 'owner/name'; if a folder of a similar name is "
             "in the way, download the model first and give its folder.",
         )
-    return _download(model, revision)
+    return _download(model, revision, weights=weights)
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -109,7 +110,7 @@ def _close_matches(path: Path) -> list[str]:
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.75)]
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, *, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -117,7 +118,10 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED
+                model,
+                revision=revision,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED if weights else ["*.safetensors"],
             )
         )
     except errors.GatedRepoError as error:

@@ -11,7 +11,7 @@ import click
 from molae_compress.cli.command import Verbs, show_version
 from molae_compress.cli.onnx import export, generate
 from molae_compress.cli.recipes import recipe
-from molae_compress.cli.verbs import apply, evaluate, expand, inspect, plan, verify
+from molae_compress.cli.verbs import apply, evaluate, expand, init, inspect, plan, verify
 
 __all__ = ["main"]
 
@@ -34,5 +34,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, apply, evaluate, verify, expand, export, generate, recipe):
+for _command in (inspect, plan, apply, init, evaluate, verify, expand, export, generate, recipe):
     main.add_command(_command)

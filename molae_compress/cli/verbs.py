@@ -114,6 +114,36 @@ def apply(
 
 
 @verb(
+    short_help="Start a model with latent experts from random weights.",
+    example="molae-compress init scratch --output untrained --set init.config.hidden_size=512",
+)
+@command.recipe_options
+@click.option("--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--fresh", is_flag=True, help="Replace an earlier result.")
+@command.trust_option
+@command.json_option
+def init(recipe: str, overrides: tuple[str, ...], model: str | None, output: Path, as_json: bool, **where: Any) -> None:
+    """Write the model of RECIPE with random latent experts, to be trained from scratch. RECIPE has a section `init`.
+
+    `plan` shows beforehand what it will be. The folder loads, trains, exports and expands like a compressed model.
+    """
+    import molae_compress as molae
+    from molae_compress.scratch import init as write
+
+    command.calm_libraries(quiet=True)
+    asked = molae.Recipe.load(recipe, command.overrides_with_model(overrides, model))
+    report = write(asked, output, **where)
+    if as_json:
+        command.write_json(report.to_dict())
+        return
+    plan = report.plan
+    click.echo(
+        f"{plan['dense_parameters']:,} -> {plan['parameters']:,} parameters in routed experts "
+        f"({plan['parameters'] / plan['dense_parameters']:.4f})\nWrote {output}"
+    )
+
+
+@verb(
     short_help="Measure perplexity, and the distance to the original.",
     example="molae-compress evaluate qwen3-molae --against Qwen/Qwen3-30B-A3B --data my.jsonl",
 )

@@ -151,6 +151,10 @@ class LatentExperts(_Tensors):
             value = tensor.detach().to(device=place, dtype=old.dtype, copy=True)
             # Replaced instead of written into: what is on meta holds no memory.
             setattr(holder, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
+        for module in self.modules():
+            # transformers initialises every module without this mark when it is asked to initialise the model, and knows
+            # neither bases nor cores, though some are of classes that it knows.
+            module._is_hf_initialized = True  # type: ignore[assignment]
         self.finish_loading_()
 
     def finish_loading_(self) -> None:

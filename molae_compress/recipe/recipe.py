@@ -23,6 +23,7 @@ from molae_compress.recipe.sections import (
     Evaluate,
     Gate,
     Heal,
+    Init,
     Names,
     Output,
     Refit,
@@ -70,6 +71,7 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     gate: Gate = Gate()
     output: Output = Output()
+    init: Init | None = None
 
     @classmethod
     def load(cls, source: str | Path | Recipe | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -126,7 +128,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         for pattern in self.ignore:
-            _check_pattern(pattern)
+            _check_pattern("ignore", pattern)
+        if self.init is not None:
+            self._refuse_what_is_fitted(self.init)
         if self.calibration is not None and self.method == "paper":
             raise exclusive("method: paper", "calibration", "The published procedure is data-free.")
         if self.budget.banks not in ("auto", 1):
@@ -170,6 +174,26 @@ class Recipe(Section):
                 )
         return self
 
+    def _refuse_what_is_fitted(self, init: Init) -> None:
+        """Refuses in a recipe of a model from scratch what only a compression could heed."""
+        for pattern in init.ranks:
+            _check_pattern("init.ranks", pattern)
+        if (self.model is None) == (init.model_type is None):
+            raise RecipeError(
+                "A recipe with `init` names either `init.model_type` or `model`, whose configuration is taken.",
+                remedy="Remove one of them." if self.model is not None else "Add one of them.",
+            )
+        why = "A model from scratch has random weights: there is nothing to observe, to fit or to compare with."
+        for key in ("calibration", "evaluate"):
+            if getattr(self, key) is not None:
+                raise exclusive("init", key, why)
+        for key, plain in (("refit", (Refit(), Refit(**PAPER["refit"]))), ("heal", (Heal(),))):
+            if getattr(self, key) not in plain:
+                raise exclusive("init", key, why)
+        if self.budget.max_kl is not None or self.budget.banks not in ("auto", 1):
+            key = "max_kl" if self.budget.max_kl is not None else "banks"
+            raise exclusive("init", f"budget.{key}: {getattr(self.budget, key)}", why)
+
 
 def _as_paper(data: Mapping[str, Any]) -> dict[str, Any]:
     """`data` with the values that `method: paper` fixes; a different value in `data` is refused."""
@@ -187,12 +211,12 @@ def _as_paper(data: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _check_pattern(name: str) -> None:
+def _check_pattern(key: str, name: str) -> None:
     if name.startswith("re:"):
         try:
             re.compile(name.removeprefix("re:"))
         except re.error as error:
-            raise RecipeError(f"`ignore` has '{name}', which is not a regular expression ({error}).") from error
+            raise RecipeError(f"`{key}` has '{name}', which is not a regular expression ({error}).") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -210,9 +234,14 @@ def _override(data: dict[str, Any], override: str) -> None:
     section = SECTIONS.get(place)
     if section is None:
         raise RecipeError(f"`{path.strip()}` is not a key of a recipe.", why=f"`{place}` has no keys below it.")
+    key, dot, inner = key.partition(".")
     if key not in section.model_fields:
         raise unknown_key(section, key)
     given = plain_mapping(section, data.get(place) or {})
+    if dot:
+        if not isinstance(section.model_fields[key].default, dict):
+            raise RecipeError(f"`{path.strip()}` is not a key of a recipe.", why=f"`{place}.{key}` has no keys below it.")
+        value = {**given.get(key, {}), inner: value}
     if place == "budget" and key in BUDGETS and value is not None:
         given = {name: old for name, old in given.items() if name not in BUDGETS}
     data[place] = {**given, key: value}
@@ -220,7 +249,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in one:
-            yield from _differences(f"{path}.{key}" if path else key, one[key], other[key])
+        for key in {**one, **other}:
+            yield from _differences(f"{path}.{key}" if path else key, one.get(key), other.get(key))
     elif one != other:
         yield f"{path}: {show(one)} -> {show(other)}"

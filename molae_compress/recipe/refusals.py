@@ -43,6 +43,8 @@ def allowed_values(schema: Mapping[str, Any]) -> str:
         return "a size such as 5GB"
     if schema["type"] == "array":
         return "a list of texts"
+    if schema["type"] == "object":
+        return "a mapping"
     bounds = " ".join(
         f"{words} {schema[key]:g}"
         for key, words in (("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "up to"))

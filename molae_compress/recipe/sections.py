@@ -49,6 +49,35 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+def _rank_entry(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Ranks = Annotated[Count | tuple[Count, Count], BeforeValidator(_rank_entry)]
+
+
+class Init(Section):
+    """A model from scratch: what `init` and `from_config` build with random latent experts, without weights or text."""
+
+    place = "init"
+    model_type: str | None = Field(
+        default=None,
+        description="Model type of transformers, for example `qwen3_moe`. Without it the configuration is that of `model`, "
+        "of which no weights are read.",
+    )
+    config: dict[str, Any] = Field(
+        default={},
+        description="Values of the configuration, as transformers calls them; all others are the defaults of the type, or "
+        "those of `model`.",
+    )
+    ranks: dict[str, Ranks] = Field(
+        default={},
+        description="Ranks of single experts modules, by name or `re:` and a regular expression: one, or a list of those of "
+        "the input and the output side. The budget is for all other modules.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of all random weights.")
+
+
 class Calibration(Section):
     """The text on which the model is watched while it is compressed; without this section compression is data-free."""
 
@@ -284,5 +313,5 @@ class Output(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    section.place: section for section in (Calibration, Basis, Budget, Refit, Heal, Evaluate, Gate, Output)
+    section.place: section for section in (Calibration, Basis, Budget, Refit, Heal, Evaluate, Gate, Output, Init)
 }

@@ -77,6 +77,37 @@ def model_card(report: Report, base_readme: str | None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def scratch_card(report: Report) -> str:
+    """The card of a model with random weights, to be trained; `report` is that of `report_for`."""
+    plan = report.plan
+    rows = [
+        ("parameters in routed experts", f"{plan['dense_parameters']:,}", _with_share(plan, "parameters", ",")),
+        ("weights on disk", human_bytes(report.source["bytes"]), human_bytes(report.artifact["bytes"])),
+        ("operations of routed experts per token", f"{plan['dense_flops']:,}", _with_share(plan, "flops", ",")),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    sections = [
+        f"---\n{write_yaml({'library_name': 'transformers', 'tags': list(_TAGS[:3])})}---",
+        f"# {_base(report.model)}, latent experts, untrained\n\n"
+        "**The weights are random.** A Mixture-of-Experts model whose routed experts are latent (Mixture of Latent Experts, "
+        "[arXiv 2503.23100](https://arxiv.org/abs/2503.23100)), initialised by `molae_compress` to be trained from scratch.",
+        "\n".join(
+            [
+                "## Beside its dense twin\n",
+                "| | dense | this model |",
+                "|---|--:|--:|",
+                *(f"| {name} | {before} | {after} |" for name, before, after in rows),
+            ]
+        ),
+        _LOADING,
+        "## How it was made\n\n```bash\nmolae-compress init recipe.yaml --output model\n```\n\n"
+        f"with `recipe.yaml` of this folder (fingerprint `{report.recipe_fingerprint}`):\n\n"
+        f"```yaml\n{write_yaml(report.recipe)}```\n\nSoftware: {versions}.",
+        _layer_table(report),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
 def comparison(report: Report) -> list[tuple[str, str, str]]:
     """What changed, as rows (figure, original, compressed); only figures that are known."""
     plan, evaluation = report.plan, report.evaluation or {}

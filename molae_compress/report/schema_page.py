@@ -65,7 +65,8 @@ A size is a number and a unit: `KB`, `MB`, `GB`, `TB` are powers of 1000, `KiB`,
 
 `--set key.path=value` on the command line, and `overrides` in Python, replace single values; the value is read as YAML:
 `--set budget.keep=0.5`, `--set calibration=null`, `--set 'calibration.data=[a.txt, b.jsonl]'`. A budget replaces a
-budget of another kind, and the last one wins.
+budget of another kind, and the last one wins. Keys below `init.config` and `init.ranks` are set one by one:
+`--set init.config.hidden_size=512`.
 
 ## What excludes what
 
@@ -78,6 +79,8 @@ budget of another kind, and the last one wins.
 - `refit.sequential`, `heal.block_steps` and `heal.router_steps` need `calibration`.
 - `gate` needs `evaluate`.
 - `method: paper` excludes `calibration` and fixes {paper}.
+- `init` starts [a model from scratch](from-scratch.md): it excludes `calibration`, `evaluate`, `gate`, `heal`, values of
+  `refit`, `budget.max_kl` and `budget.banks`, and takes either `init.model_type` or `model`.
 """
 
 
