@@ -86,11 +86,12 @@ def test_spectra_survive_the_work_directory() -> None:
     )
 
 
-def chosen(dense: DenseExperts, **basis: object) -> tuple[LatentShape | BankedShape | None, Recipe]:
+def chosen(
+    dense: DenseExperts, banks: int | str = "auto", **basis: object
+) -> tuple[LatentShape | BankedShape | None, Recipe]:
     """The shape of a module at half of its size."""
-    recipe = Recipe.load(
-        {"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": {"keep": 0.5, "align": 1}, "basis": basis}
-    )
+    budget = {"keep": 0.5, "align": 1, "banks": banks}
+    recipe = Recipe.load({"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": budget, "basis": basis})
     samples, module = tokens(200, spec=SPEC), Module.of(recipe, SPEC, None)
     cluster, pairs = recipe.basis.cluster, tries_pairs(recipe, SPEC)
     spectra = measure_spectra(dense, samples, module.shape, Fit(), cluster=cluster, pairs=pairs)
@@ -141,7 +142,7 @@ def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:
 
 
 def test_experts_of_their_own_keep_a_basis_of_their_own() -> None:
-    shape, _ = chosen(layer(SPEC))
+    shape, _ = chosen(layer(SPEC), banks=1)  # with a handful of ranks to choose from, banks lose too much to their steps
     assert shape is not None
     assert {bank.shape.input_group for bank in shape.banks(SPEC)} == {1}
 
