@@ -35,7 +35,7 @@ def resident(key: str = "VmRSS") -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, intermediate: int) -> None:
+def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, intermediate: int, top_k: int = 8) -> None:
     """A Qwen3-MoE model folder, streamed."""
     import torch
     from transformers import AutoConfig
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, inter
         num_key_value_heads=4,
         head_dim=hidden // 8,
         num_experts=experts,
-        num_experts_per_tok=8,
+        num_experts_per_tok=top_k,
         max_position_embeddings=1024,
     )
     model = skeleton(config)

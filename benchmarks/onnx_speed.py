@@ -1,7 +1,7 @@
 """How fast the operators of the domain `molae` are on the CPU, beside ONNX Runtime's own MoE operator and torch.
 
-    python benchmarks/onnx_speed.py                    # a few minutes on two cores
-    python benchmarks/onnx_speed.py --hidden 512 --intermediate 256 --rounds 5
+    python benchmarks/onnx_speed.py                    # minutes; results/onnx.json, the table of docs/onnx-operators.md
+    python benchmarks/onnx_speed.py --hidden 512 --intermediate 256 --rounds 5 --results trial.json
     python benchmarks/onnx_speed.py --json             # for a program
 
 One experts module of random weights is run as
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from molae_compress.kernels import build, library_path, register
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.routed import make_route, routed_linear, routed_sum
 from molae_compress.tensors import LatentShape
+from onnx_results import RESULTS, store
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -300,6 +302,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=("layer", "grouped"), default=["layer", "grouped"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="other parts of the file stay as they are")
     args = parser.parse_args()
     torch.manual_seed(0)
     build()
@@ -310,6 +313,7 @@ def main() -> None:
     else:
         goals = f"goals {MAX_BYTES / 1e6:g} MB, {1e3 * MAX_SECONDS:g} ms"
         print(f"library {size / 1e6:.2f} MB, loads in {1e3 * seconds:.1f} ms ({goals})")
+    rows = []
     for form in args.forms:
         shape = shape_of(form, sizes, args.keep)
         if not args.json:
@@ -319,6 +323,7 @@ def main() -> None:
             for threads in args.threads:
                 for tokens in (args.prompt, 1):
                     for row in compare(form, sizes, args.keep, dtype, tokens, threads, args.rounds):
+                        rows.append(asdict(row))
                         if args.json:
                             print(json.dumps(asdict(row)), flush=True)
                             continue
@@ -327,6 +332,8 @@ def main() -> None:
                             f"{row.other:8} {row.other_ms:8.2f} ms, ratio {row.ratio:.2f}",
                             flush=True,
                         )
+    about = {"sizes": asdict(sizes), "keep": args.keep, "library_bytes": size, "load_seconds": seconds}
+    store("operators", {**about, "rows": rows}, args.results)
 
 
 if __name__ == "__main__":

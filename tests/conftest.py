@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ort-include", help="folder with the onnxruntime_c_api.h that the operators' own table is checked against"
     )
+    parser.addoption("--moe-model", help="folder of a further Mixture-of-Experts model that exports are tried on")
 
 
 @pytest.fixture
@@ -25,6 +26,13 @@ def ort_include(request: pytest.FixtureRequest) -> Path | None:
     """The folder of ONNX Runtime's C header, if one was given."""
     folder = request.config.getoption("--ort-include")
     return Path(folder) if folder else None
+
+
+@pytest.fixture
+def moe_model(request: pytest.FixtureRequest) -> Path | None:
+    """The folder of a further model, if one was given."""
+    folder = request.config.getoption("--moe-model")
+    return Path(folder).resolve() if folder else None
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 onnx = pytest.importorskip("onnx")
@@ -30,11 +31,13 @@ from molae_compress.export.graph import CacheShape, WithCache, cache_shape, name
 from molae_compress.export.lowering import LOWERINGS, Lowering, lower_, prepare  # noqa: E402
 from molae_compress.export.slots import experts_of, layout_and_spec  # noqa: E402
 from molae_compress.modeling import attach_  # noqa: E402
+from molae_compress.source import DiskSource  # noqa: E402
 from tests.conftest import CheckpointMaker  # noqa: E402
 from tests.test_docs import ROOT, blocks  # noqa: E402
 from tests.test_export_lowering import library  # noqa: E402, F401
 from tests.test_modeling import SHAPES, random_latent  # noqa: E402
 from tests.test_one_by_one import one_by_one  # noqa: E402
+from tests.test_quantized_source import edit_config, save_fp8, save_mxfp4  # noqa: E402
 from tests.tiny import tiny_ids, tiny_model, tiny_tokenizer  # noqa: E402
 from tests.zoo import zoo_model  # noqa: E402
 
@@ -54,13 +57,17 @@ def half_compressed(folder: Path, family: str = "qwen3_moe", **changes: Any) -> 
     return folder
 
 
+def compress_to(folder: Path, model: Path, *overrides: str) -> Path:
+    """A model compressed by the recipe that comes with the project, on less text."""
+    given = [f"model={json.dumps(str(model))}", "calibration.samples=16", "evaluate=null", *overrides]
+    compress(Recipe.load("quickstart", given), folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that comes with the project, compressed by the recipe that comes with it, on less text."""
-    folder = tmp_path_factory.mktemp("pocket") / "molae"
-    overrides = [f"model={json.dumps(str(POCKET))}", "calibration.samples=16", "evaluate=null"]
-    compress(Recipe.load("quickstart", overrides), folder)
-    return folder
+    """The model that comes with the project."""
+    return compress_to(tmp_path_factory.mktemp("pocket") / "molae", POCKET)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +88,7 @@ def exported(compressed: Path, tmp_path_factory: pytest.TempPathFactory, request
             made[how] = tmp_path_factory.mktemp("onnx") / how
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(exporter, "trace", traced)
+                patch.setattr(exporter, "_drop_", lambda *_: None)
                 export_onnx(compressed, made[how], experts=how)
         return made[how]
 
@@ -193,7 +201,7 @@ def test_the_reference_of_16_bit_exports_computes_in_float32(dtype: torch.dtype)
     [("standard", "bfloat16"), ("ort-moe", "float16"), pytest.param("molae", "float16", marks=pytest.mark.slow)],
 )
 def test_16_bit_exports(how: Lowering, dtype: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Errors with float32 arithmetic within a unit in the last place; in float16's own within twenty."""
+    """Errors with float32 arithmetic within a unit in the last place; in float16's own within a hundred."""
     if how == "molae":
         request.getfixturevalue("library")
     half_compressed(tmp_path / "model", num_hidden_layers=1)
@@ -204,7 +212,7 @@ def test_16_bit_exports(how: Lowering, dtype: Any, tmp_path: Path, request: pyte
         assert found.checks_in_dtype is None
     else:
         assert found.checks_in_dtype is not None
-        assert max(found.checks_in_dtype.values()) < 20 * eps
+        assert max(found.checks_in_dtype.values()) < 100 * eps
     types = {
         value.dtype
         for value in ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers.values()
@@ -212,6 +220,39 @@ def test_16_bit_exports(how: Lowering, dtype: Any, tmp_path: Path, request: pyte
     }
     assert types - {ir.DataType.INT64, ir.DataType.INT32} == {getattr(ir.DataType, dtype.upper())}
     assert not (tmp_path / "onnx" / "widened.onnx").exists()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    source = DiskSource.open(str(folder), device=torch.device("cpu"), dense=False)
+    return exporter._load(source, dtype).state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_the_model_is_loaded_as_transformers_loads_it(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Latent and dense experts, tied embeddings, and weights that stay in float32."""
+    half_compressed(tmp_path, family)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    found = loaded(tmp_path, dtype)
+    assert found.keys() == wanted.keys()
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: each.dtype for name, each in wanted.items()}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    kept = family == "deepseek_v3" or (family, dtype) == ("gpt_oss", torch.float16)
+    assert (torch.float32 in {tensor.dtype for tensor in found.values()}) == (kept or dtype == torch.float32)
+
+
+@pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
+def test_quantised_weights_are_exported_plain(save: Any, tmp_path: Path) -> None:
+    packed = save(tmp_path / "packed")
+    plain = Path(shutil.copytree(packed.folder, tmp_path / "plain"))
+    save_file(packed.plain, plain / "model.safetensors", {"format": "pt"})
+    edit_config(plain, quantization_config=None)
+    found, wanted = loaded(packed.folder), loaded(plain)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 # ---------------------------------------------------------------- the folder
@@ -270,6 +311,27 @@ def test_genai_writes_what_transformers_writes(how: Lowering, exported: ExportMa
     expected = greedy(compressed, ids, 64)
     assert len(expected) == 64
     assert list(generate(exported(how), PROMPT, max_tokens=64, device="cpu")) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", LOWERINGS)
+@pytest.mark.parametrize("own", [False, True], ids=["pocket-moe", "--moe-model"])
+def test_genai_writes_what_transformers_writes_in_every_lowering(
+    how: Lowering, own: bool, tmp_path: Path, moe_model: Path | None, request: pytest.FixtureRequest
+) -> None:
+    """Compressed to half, in the layer form where the lowering asks for it."""
+    pytest.importorskip("onnxruntime_genai")
+    model = moe_model if own else POCKET
+    if model is None:
+        pytest.skip("no other model: pytest --moe-model FOLDER")
+    if how == "molae":
+        request.getfixturevalue("library")
+    profile = "serving" if how == "ort-moe" else "quality"
+    folder = compress_to(tmp_path / "molae", model, "budget.keep=0.5", f"basis.profile={profile}")
+    found = export_onnx(folder, tmp_path / "onnx", experts=how)
+    assert max(found.checks.values()) < 1e-4
+    expected = greedy(folder, AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"], 64)
+    assert list(generate(tmp_path / "onnx", PROMPT, max_tokens=64, device="cpu")) == expected
 
 
 def test_the_programs_of_the_documentation(
@@ -346,6 +408,26 @@ def test_cuda_that_the_runtime_drops_silently_is_said_so(exported: ExportMaker, 
     monkeypatch.setattr(runtime, "_cuda_problem", lambda: None)
     with pytest.raises(ExportError, match="runs the model on CPUExecutionProvider instead"):
         open_model(folder, device="cuda")
+
+
+def test_experts_that_a_gpu_cannot_run_are_said_so(
+    exported: ExportMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is a GPU: CUDA is refused with the way out; left to choose, the model runs on the CPU with a warning."""
+    folder = Path(shutil.copytree(exported("molae"), tmp_path / "copy"))
+    record = json.loads((folder / runtime.RECORD).read_text())
+    monkeypatch.setattr(runtime, "_cuda_problem", lambda: None)
+    monkeypatch.setattr("molae_compress.export.runtime.has_gpu_kernels", lambda _: False)
+    for dtype, way_out in (("float32", "--dtype float16"), ("float16", "make gpu-kernels")):
+        (folder / runtime.RECORD).write_text(json.dumps(record | {"dtype": dtype}))
+        with pytest.raises(ExportError, match=way_out):
+            open_model(folder, device="cuda")
+        caplog.clear()
+        assert open_model(folder, device="auto").get_providers() == ["CPUExecutionProvider"]
+        assert way_out in caplog.text
+    monkeypatch.setattr("molae_compress.export.runtime.has_gpu_kernels", lambda _: True)
+    assert runtime._use_cuda("auto", folder)
+    assert runtime._use_cuda("auto", exported("standard"))
 
 
 # ---------------------------------------------------------------- failures
@@ -461,7 +543,7 @@ def test_models_that_call_experts_one_by_one_are_refused() -> None:
 def test_models_without_experts_are_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(tiny_llama())
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ExportError, match="has no routed experts"):
+    with pytest.raises(ModelError, match="No routed experts were found in LlamaForCausalLM"):
         export_onnx(tmp_path / "model", tmp_path / "onnx", experts="standard")
     assert left_in(tmp_path) == ["model"]
 
@@ -487,11 +569,11 @@ def test_what_is_no_model_and_what_is_no_export(own_checkpoint: CheckpointMaker,
     assert "no exported model" in invoke("generate", tmp_path, "Hello").stderr
     folder = own_checkpoint("qwen3_moe")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ExportError, match=r"quantised \(fp8\)"):
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(CheckpointError, match=r"quantised with the method 'awq'"):
         export_onnx(folder, tmp_path / "onnx", experts="standard")
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ModelError, match="lacks"):
+    with pytest.raises(CheckpointError, match="lacks"):
         export_onnx(folder, tmp_path / "onnx", experts="standard")
     for wrong in ({"experts": "magic"}, {"dtype": "float8"}):
         with pytest.raises(ExportError, match="There is no"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -37,6 +38,27 @@ def test_the_library_is_small_and_carries_the_mark_of_its_sources() -> None:
     library = build()
     assert library.stat().st_size < MAX_BYTES
     assert compiling.is_current(library)
+
+
+def test_a_library_with_gpu_kernels_is_current_where_they_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an installed wheel: it carries the library, and not what was embedded."""
+    kernels, library = tmp_path / "csrc" / "gpu_kernels.bin", tmp_path / "library.so"
+    shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("gpu_kernels.*"))
+    monkeypatch.setattr(compiling, "FOLDER", tmp_path)
+    plain = " ".join(compiling.marks())
+    kernels.write_bytes(b"compiled")
+    library.write_text(" ".join(compiling.marks()))
+    assert compiling.is_current(library)
+    kernels.write_bytes(b"compiled anew")
+    assert not compiling.is_current(library)
+    kernels.unlink()
+    assert compiling.is_current(library)
+    library.write_text(plain)
+    assert compiling.is_current(library)
+    kernels.write_bytes(b"compiled")
+    assert not compiling.is_current(library), "`make kernels` is to embed them"
 
 
 def test_every_source_is_compiled_or_included() -> None:

@@ -46,6 +46,7 @@ def onnx(model: str, output: Path, quiet: bool, as_json: bool, **how: Any) -> No
     At the end its logits are compared with those of torch; where they differ there is no folder, and the exit code is 1.
     """
     from molae_compress.export import export_onnx
+    from molae_compress.kernels import has_gpu_kernels
 
     command.calm_libraries(quiet=quiet)
     with shown(quiet=quiet) as progress:
@@ -62,6 +63,11 @@ def onnx(model: str, output: Path, quiet: bool, as_json: bool, **how: Any) -> No
         click.echo(line)
     if found.dtype == "bfloat16":
         click.echo("Checked with float32 arithmetic on the bfloat16 weights: ONNX Runtime computes bfloat16 on GPUs only.")
+    if found.library is not None and found.dtype != "float32" and not has_gpu_kernels(output.expanduser() / found.library):
+        click.echo(
+            "The operator library holds no GPU kernels, so sessions with CUDA refuse this export: run `make gpu-kernels` "
+            "and `make kernels` before it, or export with --experts standard."
+        )
     click.echo(f"\nWrote {output}")
 
 
@@ -80,18 +86,19 @@ def onnx(model: str, output: Path, quiet: bool, as_json: bool, **how: Any) -> No
     show_default=True,
     help="auto: a GPU if the runtime finds one.",
 )
+@command.trust_option
 @command.json_option
-def generate(folder: Path, prompt: str, max_tokens: int, device: Any, as_json: bool) -> None:
+def generate(folder: Path, prompt: str, max_tokens: int, device: Any, trust_remote_code: bool, as_json: bool) -> None:
     """Continue PROMPT with the exported model in DIR, the likeliest token each time, by onnxruntime-genai."""
     from molae_compress.export import generate as tokens_after
-    from molae_compress.export.runtime import load_tokenizer
+    from molae_compress.source import load_tokenizer
 
     command.calm_libraries(quiet=True)
     found: list[int] = []
     tokenizer: Any = None
     shown_text = ""
-    for token in tokens_after(folder, prompt, max_tokens=max_tokens, device=device):
-        tokenizer = tokenizer or load_tokenizer(folder)
+    for token in tokens_after(folder, prompt, max_tokens=max_tokens, device=device, trust_remote_code=trust_remote_code):
+        tokenizer = tokenizer or load_tokenizer(folder, trust_remote_code=trust_remote_code)
         found.append(token)
         text = tokenizer.decode(found, skip_special_tokens=True)
         # A character of several tokens is shown once it is whole.

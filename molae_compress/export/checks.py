@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of a float32 export: of every logit, relative to the largest where that is above one
 # Of 16-bit exports, of the typical token, relative to its logits: with float32 arithmetic one unit in the last place, for
-# constants that the graph holds rounded; in their own arithmetic the errors of all layers add up.
+# constants that the graph holds rounded. In their own arithmetic the errors of all layers add up, and an early token of a
+# short row that goes to another expert moves all tokens after it; a wrong kernel is off by about the logits themselves.
 WIDENED_TOLERANCE = {kind: torch.finfo(kind).eps for kind in (torch.float16, torch.bfloat16)}
-HALF_TOLERANCE = {kind: 20 * eps for kind, eps in WIDENED_TOLERANCE.items()}
+HALF_TOLERANCE = {kind: 100 * eps for kind, eps in WIDENED_TOLERANCE.items()}
 _PREFILL, _WINDOW_AT_MOST = 12, 256
 _STEPS = (1, 1, 2)
 

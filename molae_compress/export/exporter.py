@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
-from molae_compress.adapters.skeleton import read_config
+from molae_compress.adapters.skeleton import fill_
 from molae_compress.artifact import copy_companions
 from molae_compress.checkpoint import check_free_space, check_output_folder, put_at, write_file
-from molae_compress.checkpoint.source import resolve_model
 from molae_compress.checkpoint.writer import check_place, disk_errors
 from molae_compress.compress import Progress, silent
-from molae_compress.errors import ExportError, ModelError, ResumeError
+from molae_compress.errors import ExportError, ResumeError
 from molae_compress.export.banks import ExpertTensors, expert_tensors
 from molae_compress.export.checks import (
     HALF_TOLERANCE,
@@ -35,7 +38,9 @@ from molae_compress.export.graph import CacheShape, cache_shape, trace
 from molae_compress.export.lowering import LOWERINGS, Lowering, lower_, prepare
 from molae_compress.export.runtime import GENAI, MODEL, RECORD, WEIGHTS, onnxruntime, open_file
 from molae_compress.export.slots import experts_of, layout_and_spec
-from molae_compress.modeling.quantizer import METHOD, installed_version
+from molae_compress.modeling.latent import LatentExperts
+from molae_compress.modeling.quantizer import installed_version
+from molae_compress.source import DiskSource
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -124,20 +129,21 @@ def export_onnx(
         )
     check_output_folder(output, ours=is_export)
     library = _library() if experts == "molae" else None
-    source = resolve_model(str(folder))
-    check_place(output, "output folder", source.resolve(), ours=is_export)
-    report("load", 0, 1)
-    model = _load(source, DTYPES[dtype], trust_remote_code)
-    report("load", 1, 1)
-    needed = sum(tensor.numel() for tensor in model.parameters()) * DTYPES[dtype].itemsize
+    source = DiskSource.open(str(folder), device=torch.device("cpu"), trust_remote_code=trust_remote_code, dense=False)
+    check_place(output, "output folder", source.folder.resolve(), ours=is_export)
+    experts_of(source.model)  # refuses before anything is read
+    needed = sum(tensor.numel() for tensor in source.model.parameters()) * DTYPES[dtype].itemsize
     check_free_space(output.parent, needed, "the exported model")
+    report("load", 0, 1)
+    model = _load(source, DTYPES[dtype])
+    report("load", 1, 1)
     staging = output.with_name(f".{output.name}.partial")
 
     def write() -> Export:
         with disk_errors(staging):
             staging.mkdir(parents=True)
-            copy_companions(staging, source)
-        found = _write_and_check(model, source, staging, experts, dtype, library, report)
+            copy_companions(staging, source.folder)
+        found = _write_and_check(model, source.folder, staging, experts, dtype, library, report)
         write_file(staging / RECORD, _json(found.to_dict()))
         return found
 
@@ -177,12 +183,12 @@ def _write_and_check(
     if library is not None:
         name = library.name
         shutil.copyfile(library, staging / name)
-    write_file(staging / GENAI, _json(genai_config(model, shape, MODEL, name)))
+    write_file(staging / GENAI, _json(genai_config(model, _generation(source, model), shape, MODEL, name)))
     write_file(staging / "config.json", _json(_plain_config(source, dtype)))
     report("write", 1, 1)
     _drop_(model, graph)
     del graph, prepared
-    gc.collect()
+    _free()
     report("check", 0, 1)
     first, own = _checked(staging, shape, runs, kind, None if name is None else staging / name)
     report("check", 1, 1)
@@ -240,44 +246,52 @@ def _session(path: Path, library: Path | None) -> Any:
     return open_file(ort, path, library, options=options)
 
 
-def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    quantization = getattr(config, "quantization_config", None)
-    method = (
-        quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
-    )
-    if method not in (None, METHOD):
-        raise ExportError(
-            f"The weights in '{folder}' are quantised ({method}).",
-            why="The export writes plain weights and does not dequantise.",
-            remedy="Compress the model first, which writes plain weights, or export a version that is not quantised.",
-        )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="eager",
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"The checkpoint '{folder}' lacks {len(missing)} tensors of {type(model).__name__} ({missing[0]}, ...).",
-            why="They would be random numbers.",
-            remedy="Fetch the model again.",
-        )
-    model.eval().requires_grad_(False)
+def _load(source: DiskSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with all its weights in a type, but for those that its class wants in float32.
+
+    They are read one after the other: `from_pretrained` would hold all experts twice that it puts together.
+    """
+    model = source.model
+    model.set_attn_implementation("eager")
+    kept = [re.compile(name.replace("*", ".*")) for name in model._get_dtype_plan(dtype)]
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        wide = any(pattern.search(name) for pattern in kept)
+        return tensor.to(torch.float32 if wide else dtype) if tensor.is_floating_point() else tensor
+
+    for target in source.keys.targets:
+        read = source.keys.materialise(target, source.checkpoint.read)
+        fill_(model, {name: cast(name, tensor) for name, tensor in read.items()}, source.device, keep_dtype=True)
+    model.tie_weights(recompute_mapping=False)  # the skeleton knows what is left to tie
+    for module in model.modules():
+        if isinstance(module, LatentExperts):
+            module.finish_loading_()
+    model.config.dtype = model.config.get_text_config().dtype = dtype
     return model
+
+
+def _generation(folder: Path, model: PreTrainedModel) -> GenerationConfig:
+    """How the model wants to be sampled: its folder says it, or what its configuration says stands in."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return model.generation_config or GenerationConfig()
 
 
 def _drop_(model: PreTrainedModel, graph: ir.Model) -> None:
     """Lets go of the weights, though others still hold model and graph: tracer and optimiser keep parts of both."""
-    for module in model.modules():
-        module._parameters.clear()
-        module._buffers.clear()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.new_empty(0)
     for value in graph.graph.initializers.values():
         value.const_value = None
+
+
+def _free() -> None:
+    """Gives memory that is no longer used back to the system: glibc keeps blocks below 32 MB, those of small layers."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # None: another C library
+            trim(0)
 
 
 def _library() -> Path:
@@ -290,7 +304,8 @@ def _library() -> Path:
 def _plain_config(source: Path, dtype: str) -> dict[str, Any]:
     """The model's configuration without its compression, for tokenizers and other programs that read it."""
     content = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    content.pop("quantization_config", None)
+    for key in ("quantization_config", "torch_dtype"):  # the latter is what files of earlier transformers say
+        content.pop(key, None)
     return {**content, "dtype": dtype}
 
 

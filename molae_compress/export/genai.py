@@ -11,16 +11,19 @@ from molae_compress.export.graph import CacheShape
 KIND = "decoder"  # any model that takes ids, mask and cache
 
 
-def genai_config(model: PreTrainedModel, shape: CacheShape, file_name: str, library: str | None) -> dict[str, Any]:
+def genai_config(
+    model: PreTrainedModel, settings: GenerationConfig, shape: CacheShape, file_name: str, library: str | None
+) -> dict[str, Any]:
     """Its content.
 
     Args:
-        model: the model, for its sizes and its settings for generation.
+        model: the model, for its sizes.
+        settings: for generation.
         shape: of the cache.
         file_name: of the graph, inside the folder.
         library: file name of the operator library inside the folder, if one is needed.
     """
-    config, settings = model.config.get_text_config(), model.generation_config or GenerationConfig()
+    config = model.config.get_text_config()
     end = _first(settings.eos_token_id, config.eos_token_id, [])
     pad = _first(settings.pad_token_id, config.pad_token_id, 0)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}

@@ -83,7 +83,8 @@ def cache_shape(model: PreTrainedModel) -> CacheShape:
     cache = DynamicCache()
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+            out = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert out.logits.shape[1] == 2  # AttributeError: a model without a head
         sizes = {(tuple(keys.shape), tuple(values.shape)) for keys, values in _pairs(cache)}
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = str(error).strip().split("\n")[0]

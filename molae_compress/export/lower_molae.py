@@ -10,6 +10,7 @@ from torch import Tensor
 from molae_compress.errors import ExportError
 from molae_compress.export.banks import BankTensors, BasisTensors, ExpertTensors
 from molae_compress.export.emitter import Emitter
+from molae_compress.kernels import DOMAIN
 from molae_compress.kernels.activation import Activation
 from molae_compress.kernels.gpu_tiles import ACTIVATIONS
 from molae_compress.tensors import PIVOT_DTYPE
@@ -17,7 +18,7 @@ from molae_compress.tensors import PIVOT_DTYPE
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DOMAIN, VERSION, OPERATOR = "molae", 1, "LatentExperts"
+VERSION, OPERATOR = 1, "LatentExperts"
 
 
 def check_fits(experts: ExpertTensors, kind: Activation | None) -> None:

@@ -13,6 +13,7 @@ from molae_compress.export import lower_moe, lower_molae, lower_standard
 from molae_compress.export.banks import ExpertTensors
 from molae_compress.export.emitter import Emitter
 from molae_compress.export.slots import SLOT_DOMAIN
+from molae_compress.kernels import DOMAIN
 from molae_compress.kernels.activation import Activation, find_activation
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def lower_(model: ir.Model, prepared: Sequence[Prepared], how: Lowering, dtype: 
         ir.convenience.replace_nodes_and_values(model.graph, slot, [slot], emit.nodes, slot.outputs, [y])
     del model.opset_imports[SLOT_DOMAIN]
     if how == "molae":
-        model.opset_imports[lower_molae.DOMAIN] = lower_molae.VERSION
+        model.opset_imports[DOMAIN] = lower_molae.VERSION
     elif how == "ort-moe":
         model.opset_imports[lower_moe.DOMAIN] = lower_moe.VERSION
 

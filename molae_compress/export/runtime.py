@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from molae_compress.errors import ExportError
+from molae_compress.kernels import has_gpu_kernels
+from molae_compress.source import load_tokenizer
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-    from transformers import PreTrainedTokenizerBase
 
 MODEL, WEIGHTS, GENAI, RECORD = "model.onnx", "model.onnx.data", "genai_config.json", "molae_export.json"
 Device = Literal["auto", "cpu", "cuda"]
+_log = logging.getLogger(__name__)
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -36,7 +39,7 @@ def open_model(folder: str | Path, *, device: Device = "auto", options: Any = No
 
     Args:
         folder: what an export wrote.
-        device: `cuda` insists on a GPU; `auto` takes one if it is there.
+        device: `cuda` insists on a GPU; `auto` takes one if it is there and the export has operators for it.
         options: `onnxruntime.SessionOptions`; defaults if not given.
 
     Raises:
@@ -45,33 +48,58 @@ def open_model(folder: str | Path, *, device: Device = "auto", options: Any = No
     """
     ort, folder = onnxruntime(), Path(folder).expanduser()
     check_exported(folder)
-    return open_file(ort, folder / MODEL, library_of(folder), device=device, options=options)
-
-
-def open_file(ort: ModuleType, path: Path, library: Path | None, *, device: Device = "cpu", options: Any = None) -> Any:
-    """A session of one file; see `open_model`."""
-    options = options or ort.SessionOptions()
-    with_cuda = _use_cuda(device)
-    with runtime_errors(f"'{path}' cannot be opened"):
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        session = ort.InferenceSession(str(path), options, providers=[_CUDA, _CPU] if with_cuda else [_CPU])
+    with_cuda = _use_cuda(device, folder)
+    session = open_file(ort, folder / MODEL, library_of(folder), with_cuda=with_cuda, options=options)
     # Asked for a provider that it cannot use, the runtime logs that and goes on without.
     if device == "cuda" and _CUDA not in session.get_providers():
-        raise _no_cuda(f"ONNX Runtime {ort.__version__} runs the model on {', '.join(session.get_providers())} instead")
+        raise _no_cuda(f"ONNX Runtime {ort.__version__} runs the model on {', '.join(session.get_providers())} instead.")
     return session
 
 
-def _use_cuda(device: Device) -> bool:
+def open_file(ort: ModuleType, path: Path, library: Path | None, *, with_cuda: bool = False, options: Any = None) -> Any:
+    """A session of one file; see `open_model`."""
+    options = options or ort.SessionOptions()
+    with runtime_errors(f"'{path}' cannot be opened"):
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        return ort.InferenceSession(str(path), options, providers=[_CUDA, _CPU] if with_cuda else [_CPU])
+
+
+def _use_cuda(device: Device, folder: Path) -> bool:
     """Whether to ask for CUDA; raises `ExportError` where it is wanted and cannot be had."""
-    problem = None if device == "cpu" else _cuda_problem()
-    if device == "cuda" and problem is not None:
-        raise _no_cuda(problem)
-    return device != "cpu" and problem is None
+    if device == "cpu":
+        return False
+    problem = _cuda_problem()
+    error = _export_problem(folder) if problem is None else _no_cuda(f"{problem}.")
+    if error is None:
+        return True
+    if device == "cuda":
+        raise error
+    if problem is None:  # there is a GPU: whoever has one wonders why it idles
+        _log.warning("'%s' runs on the CPU. %s %s", folder, error.why, error.remedy)
+    return False
+
+
+def _export_problem(folder: Path) -> ExportError | None:
+    """Why the experts of an export would run on the CPU though there is a GPU, or the runtime refuse them; None if not."""
+    library = library_of(folder)
+    if library is None:
+        return None
+    if record_of(folder).get("dtype") == "float32":
+        return _no_cuda(
+            "The operators of the library in its folder run on a GPU in float16 and bfloat16 only; this export is float32.",
+            "Export with --dtype float16 or bfloat16, or with --experts standard, or run with the device 'cpu'.",
+        )
+    if not has_gpu_kernels(library):
+        return _no_cuda(
+            "The operator library in its folder was built without GPU kernels.",
+            "Run `make gpu-kernels` and `make kernels` and export again, or export with --experts standard.",
+        )
+    return None
 
 
 def _cuda_problem() -> str | None:
-    """Why CUDA cannot be used, found out on a model of one node; None if it can."""
+    """Why CUDA cannot be used at all, found out on a model of one node; None if it can."""
     ort = onnxruntime()
     if _CUDA not in ort.get_available_providers():
         return f"This ONNX Runtime {ort.__version__} is a build without it"
@@ -115,11 +143,27 @@ def check_exported(folder: Path) -> None:
 
 def library_of(folder: Path) -> Path | None:
     """The operator library of an exported model, or None if it needs none."""
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return folder / record["library"] if record.get("library") else None
+    name = record_of(folder).get("library")
+    return folder / name if name else None
 
 
-def generate(folder: str | Path, prompt: str | list[int], *, max_tokens: int = 64, device: Device = "auto") -> Iterator[int]:
+def record_of(folder: Path) -> dict[str, Any]:
+    """What the export says of itself: the fields of `Export`."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"'{folder / RECORD}' is not valid JSON ({error}).", remedy="Export the model again.") from error
+    return record
+
+
+def generate(
+    folder: str | Path,
+    prompt: str | list[int],
+    *,
+    max_tokens: int = 64,
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+) -> Iterator[int]:
     """Yields tokens that an exported model puts after a prompt, by onnxruntime-genai, the likeliest each time.
 
     Args:
@@ -127,25 +171,31 @@ def generate(folder: str | Path, prompt: str | list[int], *, max_tokens: int = 6
         prompt: text, or token ids.
         max_tokens: to generate at most; fewer if the model ends the text or its context is full.
         device: as for `open_model`.
+        trust_remote_code: allow code of the tokenizer from the folder.
 
     Raises:
         ExportError: the folder holds no exported model, onnxruntime-genai is not installed or refuses it, CUDA was asked
             for and is not there, or the prompt is empty.
+        ModelError: the prompt is text, and the tokenizer is missing or brings its own code.
     """
     import numpy as np
 
     folder = Path(folder).expanduser()
     check_exported(folder)
     genai = _genai()
-    ids = load_tokenizer(folder)(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    ids = (
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else prompt
+    )
     context = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["context_length"]
     if not 0 < len(ids) < context:
         raise ExportError(
             f"The prompt has {len(ids)} tokens; the model takes 1 to {context - 1}.", remedy="Give another prompt."
         )
-    with_cuda = _use_cuda(device)
+    with_cuda = _use_cuda(device, folder)
     if device == "cuda" and not genai.is_cuda_available():
-        raise _no_cuda(f"This onnxruntime-genai {genai.__version__} is a build without it")
+        raise _no_cuda(f"This onnxruntime-genai {genai.__version__} is a build without it.")
     try:
         config = genai.Config(str(folder))
         config.clear_providers()
@@ -167,13 +217,6 @@ def generate(folder: str | Path, prompt: str | list[int], *, max_tokens: int = 6
         ) from error
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an exported model; raises `ModelError` if there is none."""
-    from molae_compress.source import load_tokenizer as load
-
-    return load(folder)
-
-
 def _genai() -> ModuleType:
     try:
         import onnxruntime_genai as found
@@ -190,9 +233,10 @@ def _missing(package: str, error: ImportError) -> ExportError:
     )
 
 
-def _no_cuda(why: str) -> ExportError:
+def _no_cuda(why: str, remedy: str = "") -> ExportError:
     return ExportError(
         "CUDA was asked for and cannot be used.",
-        why=f"{why}.",
-        remedy="Run with the device 'cpu', or install a driver, the CUDA libraries and a CUDA build of the runtime.",
+        why=why,
+        remedy=remedy
+        or "Run with the device 'cpu', or install a driver, the CUDA libraries and a CUDA build of the runtime.",
     )

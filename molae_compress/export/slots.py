@@ -60,19 +60,13 @@ def experts_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules of a loaded model by path, latent and dense ones.
 
     Raises:
-        ExportError: there are none, or the model calls experts one by one.
+        ExportError: the model calls experts one by one.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in found)
         if not inside and (isinstance(module, LatentExperts) or routed_layout(model, name) is not None):
             found[name] = module
-    if not found:
-        raise ExportError(
-            f"{type(model).__name__} has no routed experts.",
-            why="This export is for Mixture-of-Experts models.",
-            remedy="Export it with torch.onnx or another exporter.",
-        )
     for name, module in found.items():
         if layout_and_spec(model, name, module)[0].called_one_by_one:
             raise ExportError(

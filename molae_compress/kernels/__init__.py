@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from molae_compress.kernels.library import DOMAIN, build, library_path, register
+from molae_compress.kernels.library import DOMAIN, build, has_gpu_kernels, library_path, register
 
-__all__ = ["DOMAIN", "build", "library_path", "register"]
+__all__ = ["DOMAIN", "build", "has_gpu_kernels", "library_path", "register"]

@@ -28,7 +28,9 @@ LIBRARY = FOLDER / "libmolae_ops.so"
 # Nothing of the machine that compiles: the library chooses among instruction sets when it runs.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 LINKED = ("-ldl",) if sys.platform == "linux" else ()  # a library of its own before glibc 2.34
-MARK = "molae-sources:"
+MARK, KERNELS_MARK = "molae-sources:", "molae-kernels:"
+# Made by `gpu_build`, and part of neither the repository nor a wheel.
+MADE = ("gpu_kernels.bin", "gpu_kernels.inc")
 
 
 class CompileError(RuntimeError):
@@ -41,17 +43,26 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def fingerprint() -> str:
-    """A hash of all sources and flags; a library carries that of its own."""
+def marks() -> list[str]:
+    """Hashes of all sources and flags, and of the compiled GPU kernels if there are any; a library carries its own."""
+    files = sorted((FOLDER / "csrc").iterdir())
+    found = [MARK + _hash([path for path in files if path.name not in MADE])]
+    return found + [KERNELS_MARK + _hash([path]) for path in files if path.name == MADE[0]]
+
+
+def _hash(paths: list[Path]) -> str:
     total = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted((FOLDER / "csrc").iterdir()):
+    for path in paths:
         total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
 
 
 def is_current(library: Path) -> bool:
-    """Whether the file is a library of these very sources."""
-    return library.is_file() and f"{MARK}{fingerprint()}".encode() in library.read_bytes()
+    """Whether the file is a library of these very sources; GPU kernels may be in it though they are not here."""
+    if not library.is_file():
+        return False
+    content = library.read_bytes()
+    return all(mark.encode() in content for mark in marks())
 
 
 def compile_library(target: Path = LIBRARY, *, flags: tuple[str, ...] = ()) -> Path:
@@ -73,7 +84,7 @@ def compile_library(target: Path = LIBRARY, *, flags: tuple[str, ...] = ()) -> P
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
-            command = [compiler, *FLAGS, *flags, f'-DMOLAE_MARK="{MARK}{fingerprint()}"', *sources, "-o", str(made), *LINKED]
+            command = [compiler, *FLAGS, *flags, f'-DMOLAE_MARK="{" ".join(marks())}"', *sources, "-o", str(made), *LINKED]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise CompileError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")

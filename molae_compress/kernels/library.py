@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from onnxruntime import SessionOptions
 
 DOMAIN = "molae"
+_NO_KERNELS = -2  # MOLAE_GPU_NO_KERNELS of csrc/gpu_launch.h
 _REMEDY = (
     "Run `python -c 'from molae_compress.kernels import build; build()'` (in a clone: `make kernels`): it takes g++. "
     "The lowerings `ort-moe` and `standard` of the ONNX export need no library."
@@ -37,6 +39,19 @@ def library_path() -> Path:
             remedy=_REMEDY,
         )
     return LIBRARY
+
+
+def has_gpu_kernels(library: Path) -> bool:
+    """Whether an operator library was built with GPU kernels (`make gpu-kernels`). It is loaded for that.
+
+    Raises:
+        KernelError: the file is no operator library of this version.
+    """
+    try:
+        ask = ctypes.CDLL(str(library)).molae_gpu_latent_experts_scratch
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"'{library}' cannot be used as an operator library ({error}).", remedy=_REMEDY) from error
+    return bool(ask(None, ctypes.byref(ctypes.c_size_t())) != _NO_KERNELS)
 
 
 def build(*, force: bool = False) -> Path:

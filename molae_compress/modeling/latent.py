@@ -166,7 +166,7 @@ class LatentExperts(_Tensors):
         if self._banks[0].shape.form == "layer" and self.spec.has_bias and self.layout.own_core:
             zeros_ER = self.core.get_buffer("down_proj_bias")
             if zeros_ER.is_meta:
-                zeros_ER = zeros_ER.new_empty(zeros_ER.shape, device=self.core.get_parameter("down_proj").device)
+                zeros_ER = self.core.get_parameter("down_proj").new_empty(zeros_ER.shape)
             self.core.down_proj_bias = zeros_ER.zero_()
 
     def latent_tensors(self) -> dict[str, Tensor]:

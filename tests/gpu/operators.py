@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from molae_compress.kernels import build, compiling, gpu_reference
+from molae_compress.kernels import build, compiling, gpu_reference, has_gpu_kernels
 from molae_compress.kernels.activation import Activation
 from molae_compress.kernels.gpu_problem import LatentExpertsProblem
 from tests.gpu import driver
@@ -269,15 +269,20 @@ def test_wrong_shapes_and_attributes_are_refused_as_on_the_cpu(runtime: FakeRunt
     assert device.launches() == []
 
 
-def test_a_library_without_kernels_says_so(device: Device) -> None:
+def test_a_library_with_kernels_is_told_from_one_without(library: Path) -> None:
+    assert has_gpu_kernels(library)
+
+
+def test_a_library_without_kernels_says_so_when_a_session_is_created() -> None:
     if (driver.SOURCES / "gpu_kernels.inc").exists():
         pytest.skip("`make gpu-kernels` was run here")
     plain = FakeRuntime(build())
-    message, _ = refusal(plain, HALF)
+    assert not has_gpu_kernels(build())
+    message, latent = refusal(plain, HALF)
     assert "make gpu-kernels" in message
-    _, run, _ = gemm_case(gated=True, transposed=False, full=True)
-    assert "make gpu-kernels" in (plain.run(("GroupedGemm", CUDA, BFLOAT16), run) or "")
-    assert device.cleared() == []
+    _, gemm, _ = gemm_case(gated=True, transposed=False, full=True)
+    assert "make gpu-kernels" in (plain.run(("GroupedGemm", CUDA, BFLOAT16), gemm) or "")
+    assert latent.dims is gemm.dims is None, "refused when it is called, not when a session is created"
 
 
 def test_a_machine_without_driver_gets_an_error(library: Path) -> None:

@@ -238,7 +238,7 @@ MOLAE_GPU_EXPORT const char* molae_gpu_message(int status) {
   switch (status) {
     case MOLAE_GPU_OK: return "done";
     case MOLAE_GPU_NO_DRIVER: return "no CUDA driver: libcuda.so.1 cannot be opened";
-    case MOLAE_GPU_NO_KERNELS: return "this library holds no kernel for the device; build it with `make gpu-kernels`";
+    case MOLAE_GPU_NO_KERNELS: return "this library holds no GPU kernel for the device, which is older than compute capability 8.0, or was built without any";
     case MOLAE_GPU_BAD_ARGUMENT: return "an input is missing, or sizes do not fit together";
     case MOLAE_GPU_UNSUPPORTED: return "the GPU kernels take float16 and bfloat16, widths and ranks that are multiples of 8, and up to 1023 experts";
     case MOLAE_GPU_SCRATCH_TOO_SMALL: return "less scratch memory than the call needs";

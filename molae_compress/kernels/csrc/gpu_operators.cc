@@ -21,6 +21,13 @@ void check(int status) {
   if (status < 0) fail(molae_gpu_message(status));
 }
 
+// What no call could change is refused when a session is created.
+void check_library() {
+  if (molae_gpu::constants() == nullptr)
+    fail("this library holds no GPU kernels: build it with `make gpu-kernels` and `make kernels`, or create the session without "
+         "the CUDAExecutionProvider");
+}
+
 int32_t element_of(Element type) { return type == Element::kHalf ? MOLAE_GPU_FLOAT16 : MOLAE_GPU_BFLOAT16; }
 
 MolaeGpuGate gate_of(const Activation& how, bool interleaved) {
@@ -76,7 +83,7 @@ class DeviceMemory {
 
 class GpuGroupedGemm : public Node {
  public:
-  GpuGroupedGemm(Element type, const Attributes& attributes) : traits_(type, attributes) {}
+  GpuGroupedGemm(Element type, const Attributes& attributes) : traits_(type, attributes) { check_library(); }
 
   void compute(const Call& call) const override {
     const GemmInputs in(call, traits_);
@@ -114,7 +121,11 @@ class GpuGroupedGemm : public Node {
 
 class GpuLatentExperts : public Node {
  public:
-  GpuLatentExperts(Element type, const Attributes& attributes) : bank_(type, attributes) {}
+  GpuLatentExperts(Element type, const Attributes& attributes) : bank_(type, attributes) {
+    check_library();
+    if (bank_.rank_in % 8 || bank_.rank_out % 8 || bank_.experts >= molae_gpu::constants()->max_groups)
+      check(MOLAE_GPU_UNSUPPORTED);
+  }
 
   void compute(const Call& call) const override {
     const Tensors in = bank_.read(call);
