@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from molae_compress.apply import plan, run
     from molae_compress.evaluation import Evaluation, evaluate
     from molae_compress.expansion import expand
+    from molae_compress.finetuning import finetune
     from molae_compress.inplace import compress_
     from molae_compress.modeling.expand import expand_
     from molae_compress.planning import Plan
@@ -36,6 +37,7 @@ _HOMES = {
     "evaluate": "molae_compress.evaluation",
     "expand": "molae_compress.expansion",
     "expand_": "molae_compress.modeling.expand",
+    "finetune": "molae_compress.finetuning",
     "from_config": "molae_compress.scratch",
     "plan": "molae_compress.apply",
     "report_for": "molae_compress.scratch",
@@ -53,6 +55,7 @@ __all__ = [
     "evaluate",
     "expand",
     "expand_",
+    "finetune",
     "from_config",
     "plan",
     "report_for",

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from molae_compress.adapters.skeleton import code_fingerprint
 from molae_compress.adapters.unknown import routed_experts_among
-from molae_compress.artifact import check_names, is_artifact, replaced_keys, router_keys, write_companions, write_weights
+from molae_compress.artifact import (
+    NO_ROUTERS,
+    check_names,
+    is_artifact,
+    own_keys,
+    replaced_keys,
+    write_companions,
+    write_weights,
+)
 from molae_compress.budget import Shapes
 from molae_compress.calibration.text import data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.checkpoint import (
@@ -36,7 +44,8 @@ from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
 from molae_compress.conditions import check_gate, check_room, finished
 from molae_compress.errors import DataError, RecipeError
-from molae_compress.evaluation import Evaluation, check_predicts, evaluate
+from molae_compress.evaluation import check_predicts, evaluate_as
+from molae_compress.finetuning import finetune
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.prediction import Prediction
@@ -53,6 +62,7 @@ from molae_compress.scratch import plan_from_scratch
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
+from molae_compress.tuning.inputs import check_before
 
 
 def plan(
@@ -144,12 +154,12 @@ def run(
     expected = job.checked()
     if not fresh and is_artifact(out):
         report = finished(out, recipe, job.stage_inputs()[ROUTERS])
-        check_gate(recipe, report)
-        return report
+        return job.finetuned(report, out, fresh=fresh)
     check_room(out, path, job.plan(expected, measured=False))
     check_called_singly(job.source, expected)
     check_max_kl(job.run)
     routers = job.routers()
+    check_before(recipe, job.source, expected, trust_remote_code=trust_remote_code)
     with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE, PROBE)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
@@ -170,8 +180,7 @@ def run(
         else:
             work.discard(SOLVE)
             work.discard(ROUTERS)
-    check_gate(recipe, report)
-    return report
+    return job.finetuned(report, out, fresh=fresh)
 
 
 @dataclass
@@ -256,7 +265,7 @@ class _Job:
         if not self.recipe.heal.router_steps:
             return ()
         check_windows(self.run)
-        router_keys(self.source, routers_of(self.source, self.run.specs))
+        own_keys(self.source, routers_of(self.source, self.run.specs), remedy=NO_ROUTERS)
         return trainable_routers(self.source, self.run.specs)
 
     def copied_bytes(self) -> int:
@@ -285,7 +294,8 @@ class _Job:
             "device": self.source.device.type,
         }
         keys = dict(_flat("", yaml.safe_load(self.recipe.dump())))
-        keys = {key: value for key, value in keys.items() if not key.startswith(("evaluate", "gate", "output.max"))}
+        after = ("evaluate", "finetune", "gate", "output.max")
+        keys = {key: value for key, value in keys.items() if not key.startswith(after)}
         observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "heal", "output"))}
         # who shares a basis is measured with the spectra, for recipes that go by them
         observed |= {key: keys[key] for key in ("refit.shrinkage", "budget.allocate")}
@@ -321,7 +331,14 @@ class _Job:
             write_companions(staging, self.source, shapes, self.recipe)
             self.run.progress("write", 1, 1)
         with self.timed("evaluate"):
-            evaluation = self._evaluation(staging)
+            evaluation = evaluate_as(
+                self.recipe.evaluate,
+                staging,
+                against=self.source.folder,
+                device=self.source.device,
+                trust_remote_code=self.trust_remote_code,
+                progress=self.run.progress,
+            )
         self.timings["total"] = time.monotonic() - self.started
         report = summarise(
             self.run,
@@ -345,20 +362,21 @@ class _Job:
         report.save(staging)
         return report
 
-    def _evaluation(self, folder: Path) -> Evaluation | None:
-        """Compares original and result on the recipe's text, if it names any."""
-        section = self.recipe.evaluate
-        if section is None:
-            return None
-        return evaluate(
-            folder,
-            data=section.data,
-            against=str(self.source.folder),
-            column=section.column,
-            samples=section.samples,
-            sequence_length=section.sequence_length,
-            batch_size=section.batch_size,
+    def finetuned(self, report: Report, out: Path, *, fresh: bool) -> Report:
+        """The report of the artifact at `out` once it is trained, if the recipe says so, and keeps the recipe's gate.
+
+        The artifact is complete by then: whatever becomes of the training, the compression is there, and the same run goes
+        on with the training alone.
+        """
+        if self.recipe.finetune is None or report.finetuned:
+            check_gate(self.recipe, report)
+            return report
+        return finetune(
+            out,
+            self.recipe,
+            fresh=fresh,
             device=str(self.source.device),
+            max_memory=self.run.memory_limit,
             trust_remote_code=self.trust_remote_code,
             progress=self.run.progress,
         )

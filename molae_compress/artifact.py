@@ -35,6 +35,8 @@ from molae_compress.report.report import RECIPE
 from molae_compress.source import DiskSource
 from molae_compress.tensors import ExpertsSpec, LatentShape
 
+NO_ROUTERS = "Leave `heal.router_steps` out of the recipe."
+
 
 def check_names(keys: KeyMap, specs: Sequence[ExpertsSpec], shapes: Shapes) -> None:
     """Refuses a model whose loader would rename or convert the tensors an artifact adds."""
@@ -84,11 +86,11 @@ def replaced_keys(source: DiskSource, shapes: Shapes) -> dict[str, list[str]]:
     return replaced
 
 
-def router_keys(source: DiskSource, names: Iterable[str]) -> dict[str, str]:
+def own_keys(source: DiskSource, names: Iterable[str], *, remedy: str) -> dict[str, str]:
     """The key of the checkpoint that holds each of some parameters, as it is and nothing else.
 
     Raises:
-        ModelError: there is none of a parameter.
+        ModelError: there is none of a parameter; it ends with `remedy`.
     """
     makers = Counter(key for keys in source.keys.targets.values() for key in keys)
     found: dict[str, str] = {}
@@ -97,9 +99,9 @@ def router_keys(source: DiskSource, names: Iterable[str]) -> dict[str, str]:
         whole = source.checkpoint.entries[keys[0]].shape == tuple(source.model.get_parameter(name).shape)
         if len(keys) > 1 or makers[keys[0]] > 1 or not whole:
             raise ModelError(
-                f"The router '{name}' cannot be written back.",
+                f"The trained '{name}' cannot be written back.",
                 why=f"The checkpoint does not hold it as one tensor of its own, but in '{keys[0]}'.",
-                remedy="Leave `heal.router_steps` out of the recipe.",
+                remedy=remedy,
             )
         found[name] = keys[0]
     return found
@@ -116,7 +118,7 @@ def write_weights(
 ) -> WrittenShards:
     """Shards of the artifact: latent tensors from the work directory, trained `routers`, else from the checkpoint."""
     replaced = replaced_keys(source, shapes)
-    trained = {key: (routers or {})[name] for name, key in router_keys(source, routers or ()).items()}
+    trained = {key: (routers or {})[name] for name, key in own_keys(source, routers or (), remedy=NO_ROUTERS).items()}
     tensors: list[TensorSource] = []
     written: set[str] = set()
     copied = [key for key in source.checkpoint.entries if key not in replaced and key not in trained]

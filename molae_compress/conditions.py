@@ -42,9 +42,8 @@ def finished(out: Path, recipe: Recipe, inputs: dict[str, str]) -> Report:
         )
     keys = sorted(key for key in inputs.keys() | report.inputs.keys() if inputs.get(key) != report.inputs.get(key))
     found = [f"{key}: {report.inputs.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
-    found += [
-        change for change in Recipe.load(report.recipe).differences(recipe) if change.startswith(("evaluate", "output.max"))
-    ]
+    others = ("evaluate", "finetune", "output.max")
+    found += [change for change in Recipe.load(report.recipe).differences(recipe) if change.startswith(others)]
     if found:
         raise ResumeError(
             f"'{out}' holds an artifact of another run; there -> now: {'; '.join(found)}.",

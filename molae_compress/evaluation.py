@@ -23,6 +23,7 @@ from molae_compress.calibration.text import read_texts, token_windows
 from molae_compress.calibration.walk import LayerArguments, decoder_start, denoises, has_decoder
 from molae_compress.compress import Progress, silent
 from molae_compress.errors import DataError, ModelError
+from molae_compress.recipe.sections import Evaluate
 from molae_compress.source import DiskSource, check_tokens, choose_device, load_tokenizer
 from molae_compress.stream import forwarded
 
@@ -92,12 +93,12 @@ def evaluate(
     sources = {"result": result}
     if against is not None:
         sources["original"] = DiskSource.open(against, device=target, trust_remote_code=trust_remote_code, dense=False)
-        _check_vocabulary(result, sources["original"])
+        check_vocabulary(result, sources["original"])
     tokenizer = load_tokenizer(result.folder, trust_remote_code=trust_remote_code)
     texts = read_texts(data, column)
     if against is not None:
         other = load_tokenizer(sources["original"].folder, trust_remote_code=trust_remote_code)
-        _check_tokenizers(tokenizer, other, texts, f"'{folder}' and '{against}'")
+        check_tokenizers(tokenizer, other, texts, f"'{folder}' and '{against}'")
     windows_NL = token_windows(texts, tokenizer, samples=samples, sequence_length=sequence_length, seed=None)
     check_tokens(windows_NL, result.vocabulary)
     batches = windows_NL.split(batch_size)
@@ -123,6 +124,32 @@ def evaluate(
     return Evaluation(count, perplexity, original_perplexity, *(sums[2:] / count).tolist())
 
 
+def evaluate_as(
+    section: Evaluate | None,
+    folder: Path,
+    *,
+    against: Path | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Evaluation | None:
+    """Compares a result with the original as the section `evaluate` of a recipe says; None if there is none."""
+    if section is None:
+        return None
+    return evaluate(
+        folder,
+        data=section.data,
+        against=str(against) if against is not None else None,
+        column=section.column,
+        samples=section.samples,
+        sequence_length=section.sequence_length,
+        batch_size=section.batch_size,
+        device=str(device),
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
 def check_predicts(model: nn.Module) -> None:
     """Raises `ModelError` if a model is shown the tokens that it is to predict, so that its likelihoods mean nothing."""
     if denoises(model):
@@ -139,7 +166,7 @@ def check_predicts(model: nn.Module) -> None:
         )
 
 
-def _check_vocabulary(result: DiskSource, original: DiskSource) -> None:
+def check_vocabulary(result: DiskSource, original: DiskSource) -> None:
     """Raises `DataError` if the two models do not predict over the same number of tokens."""
     if result.vocabulary != original.vocabulary:
         raise DataError(
@@ -150,7 +177,7 @@ def _check_vocabulary(result: DiskSource, original: DiskSource) -> None:
         )
 
 
-def _check_tokenizers(
+def check_tokenizers(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], models: str
 ) -> None:
     """Raises `DataError` if the start of the text is not the same tokens to both."""

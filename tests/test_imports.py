@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 BASE = {"tensors", "errors", "layouts"}
 MIDDLE = {"adapters", "calibration", "solver", "modeling", "checkpoint"}
-OUTER = {"finetune", "export", "report", "evaluate"}
+OUTER = {"tuning", "export", "report", "evaluate"}
 ALLOWED: dict[str, set[str]] = dict.fromkeys(MIDDLE, BASE) | {
     "solver": {"tensors", "errors"},
     "layouts": {"tensors", "errors"},

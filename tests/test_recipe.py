@@ -137,7 +137,7 @@ def test_what_is_no_size(text: Any) -> None:
         ({"budget": {"kep": 0.5}}, ["`budget.kep`", "keep, rank, target_size", "Did you mean `budget.keep`?"]),
         ({"keep": 0.5}, ["`keep`", "Did you mean `budget.keep`?"]),
         ({"calibratoin": {}}, ["`calibratoin`", "Did you mean `calibration`?"]),
-        ({"budget": {"samples": 4}}, ["`budget.samples`", "`calibration.samples` or `evaluate.samples`"]),
+        ({"budget": {"samples": 4}}, ["`budget.samples`", "`calibration.samples` or `finetune.samples` or `evaluate"]),
         ({"evaluate": {"daat": "x"}}, ["`evaluate.daat`", "Did you mean `evaluate.data`?"]),
         ({3: 4}, ["`3` is not a key"]),
         ({"evaluate": {"samples": 4}}, ["`evaluate.data` is missing"]),

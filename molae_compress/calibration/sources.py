@@ -11,13 +11,24 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from molae_compress.errors import DataError
 
 BUILT_IN = ("python-docs:calibration", "python-docs:heldout")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:\[(?P<config>[^\]]+)\])?(?:\((?P<split>[^()]+)\))?")
+
+
+class _Wanted(NamedTuple):
+    """What a column is to hold."""
+
+    kind: type
+    word: str
+
+
+_TEXT, _CONVERSATION = _Wanted(str, "text"), _Wanted(list, "a list of messages")
+Message = dict[str, Any]
 
 
 def read_source(source: str, column: str) -> list[str]:
@@ -36,16 +47,49 @@ def read_source(source: str, column: str) -> list[str]:
         texts = _built_in(source)
     elif path.is_dir():
         texts = _folder(path)
-    elif path.exists():
-        texts = _file(path, column)
-    elif match := _as_hub_dataset(source):
-        texts = _hub_dataset(match, column)
     else:
-        raise _missing(path)
+        texts = _of_column(source, column, _TEXT)
     filled = [text for text in texts if text and not text.isspace()]
     if not filled:
         raise DataError(f"'{source}' holds no text.", remedy="Fill it, or remove it from the sources.")
     return filled
+
+
+def read_conversations(source: str, column: str) -> list[list[Message]]:
+    """The conversations of one source, empty ones left out: lists of messages with `role` and `content`.
+
+    Args:
+        source: a `.jsonl`, `.json` or `.parquet` file, or a hub dataset.
+        column: the column or key that holds them.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, holds none, or holds something else in that column.
+    """
+    if source.startswith("python-docs:") or Path(source).is_dir() or Path(source).suffix.lower() == ".txt":
+        raise DataError(
+            f"'{source}' holds plain text, no conversations.",
+            remedy='Give a .jsonl file of rows such as {"messages": [{"role": "user", "content": "..."}, ...]}, or leave '
+            "`chat` out.",
+        )
+    found = [messages for messages in _of_column(source, column, _CONVERSATION) if messages]
+    for number, messages in enumerate(found, start=1):
+        if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
+            raise DataError(
+                f"Conversation {number} of '{source}' has a message without `role` and `content`.",
+                remedy='Write each as {"role": "user", "content": "..."}.',
+            )
+    if not found:
+        raise DataError(f"'{source}' holds no conversations.", remedy="Fill it, or remove it from the sources.")
+    return found
+
+
+def _of_column(source: str, column: str, wanted: _Wanted) -> Iterable[Any]:
+    path = Path(source)
+    if path.exists():
+        return _file(path, column, wanted)
+    if match := _as_hub_dataset(source):
+        return _hub_dataset(match, column, wanted)
+    raise _missing(path)
 
 
 def _built_in(source: str) -> list[str]:
@@ -65,18 +109,18 @@ def _folder(folder: Path) -> list[str]:
     return [_decoded(path) for path in files]
 
 
-def _file(path: Path, column: str) -> list[str | None]:
+def _file(path: Path, column: str, wanted: _Wanted) -> list[Any]:
     match path.suffix.lower():
         case ".txt":
             return [_decoded(path)]
         case ".jsonl":
             # Not `splitlines`: it also cuts at separators that may stand inside a JSON string.
-            lines = enumerate(_decoded(path).split("\n"), start=1)
-            return [_jsonl_text(line, column, f"Line {number} of '{path}'") for number, line in lines if line.strip()]
+            lines = [(number, line) for number, line in enumerate(_decoded(path).split("\n"), start=1) if line.strip()]
+            return [_jsonl_field(line, column, f"Line {number} of '{path}'", wanted) for number, line in lines]
         case ".json":
-            return _json_texts(path, column)
+            return _json_fields(path, column, wanted)
         case ".parquet":
-            return _parquet_texts(path, column)
+            return _parquet_column(path, column, wanted)
     raise DataError(
         f"'{path}' has the suffix '{path.suffix}', which cannot be read as text.",
         remedy=f"Convert it to one of {', '.join(SUFFIXES)}.",
@@ -95,17 +139,17 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _jsonl_text(line: str, column: str, where: str) -> str | None:
+def _jsonl_field(line: str, column: str, where: str, wanted: _Wanted) -> Any:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not JSON ({error.msg}, column {error.colno}).", remedy="Write one JSON object a line."
         ) from error
-    return _field(row, column, where)
+    return _field(row, column, where, wanted)
 
 
-def _json_texts(path: Path, column: str) -> list[str | None]:
+def _json_fields(path: Path, column: str, wanted: _Wanted) -> list[Any]:
     try:
         rows = json.loads(_decoded(path))
     except json.JSONDecodeError as error:
@@ -116,37 +160,38 @@ def _json_texts(path: Path, column: str) -> list[str | None]:
     if not isinstance(rows, list):
         raise DataError(f"'{path}' is not a JSON list.", remedy="Write a list of texts, or of objects with a text each.")
     return [
-        row if isinstance(row, str) else _field(row, column, f"Entry {number} of '{path}'")
+        row if isinstance(row, wanted.kind) else _field(row, column, f"Entry {number} of '{path}'", wanted)
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def _field(row: Any, column: str, where: str) -> str | None:
-    """The text of one row; None, as in data with gaps, counts as no text."""
+def _field(row: Any, column: str, where: str, wanted: _Wanted) -> Any:
+    """What one row holds in its column; None, as in data with gaps, counts as nothing."""
     if not isinstance(row, dict):
         raise DataError(f"{where} is not an object with keys.", remedy=f'Write it as {{"{column}": "..."}}.')
     _check_column(column, row, where)
-    text = row[column]
-    if text is not None and not isinstance(text, str):
+    value = row[column]
+    if value is not None and not isinstance(value, wanted.kind):
         raise DataError(
-            f"{where} has {type(text).__name__} under '{column}', not text.", remedy="Name a `column` that holds text."
+            f"{where} has {type(value).__name__} under '{column}', not {wanted.word}.",
+            remedy=f"Name a `column` that holds {wanted.word}.",
         )
-    if text is not None and re.search("[\ud800-\udfff]", text):
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise DataError(f"{where} holds half a character (a lone surrogate).", remedy="Repair or remove this text.")
-    return text
+    return value
 
 
-def _parquet_texts(path: Path, column: str) -> list[str | None]:
+def _parquet_column(path: Path, column: str, wanted: _Wanted) -> list[Any]:
     parquet = _from_data_extra("pyarrow.parquet", f"'{path}'")
     try:
         file = parquet.ParquetFile(path)
         _check_column(column, file.schema_arrow.names, f"'{path}'")
-        return _all_texts(file.read(columns=[column]).column(column).to_pylist(), column, f"'{path}'")
+        return _all_of(wanted, file.read(columns=[column]).column(column).to_pylist(), column, f"'{path}'")
     except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
         raise DataError(f"'{path}' cannot be read as parquet ({error}).") from error
 
 
-def _hub_dataset(match: re.Match[str], column: str) -> list[str | None]:
+def _hub_dataset(match: re.Match[str], column: str, wanted: _Wanted) -> list[Any]:
     name, config, split = match["name"], match["config"], match["split"] or "train"
     subject = f"the hub dataset '{match[0]}'"
     datasets = _from_data_extra("datasets", subject)
@@ -159,18 +204,18 @@ def _hub_dataset(match: re.Match[str], column: str) -> list[str | None]:
             remedy="Write org/name[configuration](split), or name a file.",
         ) from error
     _check_column(column, dataset.column_names, f"T{subject[1:]}")
-    return _all_texts(dataset[column], column, subject)
+    return _all_of(wanted, dataset[column], column, subject)
 
 
-def _all_texts(values: Iterable[Any], column: str, where: str) -> list[str | None]:
-    texts = list(values)
-    wrong = next((value for value in texts if value is not None and not isinstance(value, str)), None)
+def _all_of(wanted: _Wanted, values: Iterable[Any], column: str, where: str) -> list[Any]:
+    found = list(values)
+    wrong = next((value for value in found if value is not None and not isinstance(value, wanted.kind)), None)
     if wrong is not None:
         raise DataError(
-            f"The column '{column}' of {where} holds {type(wrong).__name__}, not text.",
-            remedy="Name a `column` that holds text.",
+            f"The column '{column}' of {where} holds {type(wrong).__name__}, not {wanted.word}.",
+            remedy=f"Name a `column` that holds {wanted.word}.",
         )
-    return texts
+    return found
 
 
 def _check_column(column: str, columns: Iterable[str], where: str) -> None:

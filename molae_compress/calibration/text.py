@@ -70,16 +70,19 @@ def token_windows(
     available = [
         _cut(_tokens(texts, tokenizer), sequence_length, name) for name, texts in zip(names, texts_per_source, strict=True)
     ]
-    shares = _shares([len(windows_NL) for windows_NL in available], samples)
+    return fair_choice(available, samples, seed)
+
+
+def fair_choice(available: Sequence[Tensor], samples: int, seed: int | None) -> Tensor:
+    """Rows of the tensors of several sources, as many of each as far as they last; see `token_windows`."""
+    shares = _shares([len(rows) for rows in available], samples)
     if seed is None:
-        return torch.cat([windows_NL[:share] for windows_NL, share in zip(available, shares, strict=True)])
+        return torch.cat([rows[:share] for rows, share in zip(available, shares, strict=True)])
     # The standard library's generator gives the same choice on every version and platform.
     chance = random.Random(seed)
-    chosen = [
-        windows_NL[chance.sample(range(len(windows_NL)), share)] for windows_NL, share in zip(available, shares, strict=True)
-    ]
-    windows_NL = torch.cat(chosen)
-    return windows_NL[chance.sample(range(len(windows_NL)), len(windows_NL))]
+    chosen = [rows[chance.sample(range(len(rows)), share)] for rows, share in zip(available, shares, strict=True)]
+    together = torch.cat(chosen)
+    return together[chance.sample(range(len(together)), len(together))]
 
 
 def as_windows(

@@ -58,8 +58,11 @@ class Verbs(click.Group):
             message = "\n".join(part for part in (f"{error.what} {error.why}".strip(), error.remedy) if part)
             raise _failure(ctx, error, message, exit_code=3 if isinstance(error, QualityGateError) else 1) from error
         except KeyboardInterrupt as error:
-            again = " Run the same command again, it goes on after the last finished layer."
-            message = f"Interrupted.{again if ctx.invoked_subcommand in ('apply', 'expand') else ''}"
+            after = {"apply": "finished layer", "expand": "finished layer", "finetune": "checkpoint"}.get(
+                str(ctx.invoked_subcommand)
+            )
+            again = f" Run the same command again, it goes on after the last {after}." if after else ""
+            message = f"Interrupted.{again}"
             raise _failure(ctx, error, message, exit_code=_INTERRUPTED) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
@@ -132,6 +135,9 @@ memory_option = click.option(
     metavar="SIZE",
     help="Calibration activations to keep in memory, e.g. 16GB; the rest goes to disk. Half of what is free if not given.",
 )
+
+
+artifact_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:

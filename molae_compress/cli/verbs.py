@@ -13,7 +13,6 @@ from molae_compress.cli.progress import shown
 from molae_compress.errors import CheckpointError, QualityGateError
 
 verb = partial(click.command, cls=command.Verb)
-artifact_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @verb(short_help="Show the routed experts of a model.", example="molae-compress inspect Qwen/Qwen3-30B-A3B")
@@ -147,7 +146,7 @@ def init(recipe: str, overrides: tuple[str, ...], model: str | None, output: Pat
     short_help="Measure perplexity, and the distance to the original.",
     example="molae-compress evaluate qwen3-molae --against Qwen/Qwen3-30B-A3B --data my.jsonl",
 )
-@artifact_argument
+@command.artifact_argument
 @click.option("--data", multiple=True, metavar="SOURCE", help="Text file, dataset or python-docs:heldout. Repeatable.")
 @click.option("--against", metavar="MODEL", help="The original, to measure the distance to it.")
 @click.option("--column", help="Column or key that holds the text.  [default: text]")
@@ -184,7 +183,7 @@ def evaluate(
 
 
 @verb(short_help="Prove that a compressed model is whole and loads.", example="molae-compress verify qwen3-molae")
-@artifact_argument
+@command.artifact_argument
 @command.trust_option
 @command.quiet_option
 @command.json_option
@@ -206,7 +205,7 @@ def verify(folder: Path, trust_remote_code: bool, quiet: bool, as_json: bool) ->
 @verb(
     short_help="Write a compressed model with dense experts again.", example="molae-compress expand qwen3-molae qwen3-dense"
 )
-@artifact_argument
+@command.artifact_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @command.work_dir_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")

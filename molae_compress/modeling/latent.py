@@ -26,6 +26,9 @@ from molae_compress.tensors import AnyShape, Bank, ExpertsSpec, Form, GateUp, La
 LAYER_RANK = 8  # stock experts classes compute with kernels that take no other widths in 16 bit
 
 
+_PARTS = ("encode", "gate_encode", "up_encode", "core", "decode")
+
+
 class _Tensors(nn.Module):
     """What one bank stores: bases, cores, and the output biases."""
 
@@ -189,7 +192,7 @@ class LatentExperts(_Tensors):
     def _grouped(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         shape, implementation = bank.shape, getattr(self.__dict__.get("config"), "_experts_implementation", None)
         after = self.layout.after_expert(self)
-        if implementation == NAME and after is None:
+        if implementation == NAME and after is None and _is_bare(held):
             fused_TH = latent_bank(held, bank.spec, shape, x_TH, index_TK, weight_TK)
             if fused_TH is not None:
                 return fused_TH
@@ -207,6 +210,11 @@ class LatentExperts(_Tensors):
             return y_TH
         y_SH = u_SN if shape.rank_out is None else held.decode(u_SN, route)
         return routed_sum(y_SH if after is None else after(y_SH), weight_TK, route)
+
+
+def _is_bare(held: _Tensors) -> bool:
+    """Whether nothing stands around the parts of a bank: kernels read their tensors, past what an adapter adds."""
+    return all(isinstance(part, (Basis, GroupedCore)) for name, part in held.named_children() if name in _PARTS)
 
 
 def _add_tensors_(holder: nn.Module, experts: nn.Module, layout: Layout, bank: Bank, like: Tensor) -> None:

@@ -25,6 +25,7 @@ _DOTLESS_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
 _MAY_BE_ABSENT = {
     "calibration": "Name text there, or leave the section out for a data-free run.",
     "evaluate": "Name text there, or leave the section out for no evaluation.",
+    "finetune": "Say there what to train, or leave the section out for no training.",
 }
 
 _UNITS = {"B": 1} | {

@@ -21,6 +21,7 @@ from molae_compress.recipe.sections import (
     Budget,
     Calibration,
     Evaluate,
+    Finetune,
     Gate,
     Heal,
     Init,
@@ -68,6 +69,7 @@ class Recipe(Section):
         description="Experts modules that stay dense: names such as `model.layers.0.mlp.experts`, or `re:` and a "
         "regular expression.",
     )
+    finetune: Finetune | None = None
     evaluate: Evaluate | None = None
     gate: Gate = Gate()
     output: Output = Output()
@@ -184,7 +186,7 @@ class Recipe(Section):
                 remedy="Remove one of them." if self.model is not None else "Add one of them.",
             )
         why = "A model from scratch has random weights: there is nothing to observe, to fit or to compare with."
-        for key in ("calibration", "evaluate"):
+        for key in ("calibration", "finetune", "evaluate"):
             if getattr(self, key) is not None:
                 raise exclusive("init", key, why)
         for key, plain in (("refit", (Refit(), Refit(**PAPER["refit"]))), ("heal", (Heal(),))):

@@ -47,6 +47,7 @@ Steps = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 def _rank_entry(value: Any) -> Any:
@@ -276,6 +277,104 @@ class Heal(Section):
     )
 
 
+class Finetune(Section):
+    """Training of the compressed model as a whole, once it is complete; without this section there is none."""
+
+    place = "finetune"
+    router: bool = Field(default=False, description="Train the rows of the routers.")
+    adapters: Count | None = Field(
+        default=None,
+        description="Train low-rank adapters (LoRA) of this rank, which are merged before the result is written. Where "
+        "matrices of several experts lie in one tensor of two dimensions, they share one side of its adapter.",
+    )
+    adapter_targets: Names = Field(
+        default=(),
+        description="What the adapters adapt: names of latent tensors as for `latent`, or of linear layers of the model "
+        "such as `q_proj`. All bases and cores if none are given.",
+    )
+    latent: Literal["all"] | Names | None = Field(
+        default=None,
+        description="Train latent tensors themselves: `all` of them, or those named, such as `core`, `core.down`, `encode`.",
+    )
+    data: Sources | None = Field(
+        default=None, description="Where the text comes from, as in `calibration.data`; the calibration text if not given."
+    )
+    column: str = Field(default="text", description="Column or key that holds the text, for sources that have columns.")
+    chat: bool = Field(
+        default=False,
+        description="The column holds conversations (lists of messages with `role` and `content`), which the chat template "
+        "of the tokenizer turns into text.",
+    )
+    completion_only: bool = Field(
+        default=False, description="Of conversations, learn only what the assistant says. Needs `chat`."
+    )
+    packing: bool = Field(
+        default=True,
+        description="Join texts and cut them into full windows, as calibration does. Otherwise each text is an example of "
+        "its own, cut off at `sequence_length`.",
+    )
+    samples: Count = Field(
+        default=1024, description="Number of windows, or of texts without packing; one in sixteen only measures."
+    )
+    sequence_length: Length = Field(default=1024, description="Tokens per window, or at most of a text.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice and order of windows.")
+    kl_weight: Weight = Field(
+        default=1.0, description="Weight of the KL divergence from the original's predictions in what is minimised."
+    )
+    language_weight: Weight = Field(
+        default=0.0, description="Weight of the language-model loss: how unlikely the text itself is found."
+    )
+    original: str | None = Field(
+        default=None, description="Folder or hub id of the original model; by default where it was when it was compressed."
+    )
+    teacher: Literal["cached", "resident"] = Field(
+        default="cached",
+        description="`cached`: the original is read layer by layer, once, and its `teacher_top_k` likeliest tokens at every "
+        "place are kept on disk, 8 bytes each. `resident`: it is loaded beside the compressed model, and all of its "
+        "predictions count.",
+    )
+    teacher_top_k: Count = Field(default=64, description="Tokens kept at every place; the others count as one, together.")
+    learning_rate: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="Of Adam, at its height: a warm-up over a tenth of the steps leads to it, a cosine down to nothing. "
+        "`auto` suits each of the ways, and the size of each tensor.",
+    )
+    epochs: Count = Field(default=1, description="How many times every window is read.")
+    batch_size: Count = Field(default=8, description="Windows per step, on each device.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="What is computed in; what is trained is float32 in any case. `auto`: bfloat16 on a GPU, else float32.",
+    )
+    checkpoint_steps: Count = Field(
+        default=200, description="Steps between two checkpoints, from which a killed training goes on."
+    )
+    trainer: dict[str, Any] = Field(
+        default={},
+        description="Further arguments of the `TrainingArguments` of transformers by their names: "
+        "`gradient_accumulation_steps`, `gradient_checkpointing`, `report_to`, `fsdp` and so on.",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if not (self.router or self.adapters or self.latent):
+            raise RecipeError(
+                "`finetune` says nothing that is to be trained.",
+                remedy="Add `router: true`, `adapters: 16` or `latent: all`, or several of them.",
+            )
+        if not self.kl_weight and not self.language_weight:
+            raise RecipeError(
+                "`finetune.kl_weight: 0` and `finetune.language_weight: 0` leave nothing to minimise.",
+                remedy="Give one of them a weight above zero.",
+            )
+        for key, needed in (("completion_only", "chat"), ("adapter_targets", "adapters")):
+            if getattr(self, key) and not getattr(self, needed):
+                raise RecipeError(
+                    f"`finetune.{key}` needs `finetune.{needed}`, which the recipe does not set.",
+                    remedy=f"Add `{needed}`, or remove `{key}`.",
+                )
+        return self
+
+
 class Evaluate(Section):
     """Text on which the original and the result are compared. Without this section nothing is compared."""
 
@@ -313,5 +412,5 @@ class Output(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    section.place: section for section in (Calibration, Basis, Budget, Refit, Heal, Evaluate, Gate, Output, Init)
+    section.place: section for section in (Calibration, Basis, Budget, Refit, Heal, Finetune, Evaluate, Gate, Output, Init)
 }

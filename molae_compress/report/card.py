@@ -70,6 +70,7 @@ def model_card(report: Report, base_readme: str | None) -> str:
         _LOADING,
         _making(report),
         _calibration(report),
+        *([_finetuning(report)] if report.finetuned else []),
         *([_warnings(report)] if report.warnings else []),
         _layer_table(report),
         _limits(report),
@@ -204,6 +205,31 @@ def _calibration(report: Report) -> str:
     return f"## Calibration text\n\n{text}"
 
 
+def _finetuning(report: Report) -> str:
+    """What was trained after the compression, one line for each training."""
+    lines = []
+    for entry in report.finetuned:
+        trained = "; ".join(f"{way}: {', '.join(f'`{name}`' for name in names)}" for way, names in entry["trained"].items())
+        settings = entry["settings"]
+        parts = {"kl_weight": "the KL divergence from the original", "language_weight": "the language-model loss"}
+        loss = " and ".join(f"{settings[key]:g} times {name}" for key, name in parts.items() if settings[key])
+        change = ""
+        if entry["loss_before"] is not None:
+            change = (
+                f" On examples set aside it went from {entry['loss_before']:.4g} to {entry['loss_after']:.4g} per token."
+            )
+        lines.append(f"- {trained}. {entry['steps']:,} steps on {entry['tokens']:,} tokens, minimising {loss}.{change}")
+    return "\n".join(
+        [
+            "## Fine-tuning",
+            "",
+            "Trained as a whole after the compression; errors of single modules in this card are those before.",
+            "",
+            *lines,
+        ]
+    )
+
+
 def _warnings(report: Report) -> str:
     return "\n".join(["## Warnings of the run", "", *(f"- {warning}" for warning in report.warnings)])
 
@@ -211,8 +237,13 @@ def _warnings(report: Report) -> str:
 def _limits(report: Report) -> str:
     method = report.source.get("quantization")
     exactness = f"dequantised from {method} to bfloat16 where they are quantised there" if method else "bit for bit"
-    trained = report.routers is not None and bool(report.routers["changed"])
-    changed, kept = ("routed experts and routers", "Shared") if trained else ("routed experts", "Routers, shared")
+    names = {name for entry in report.finetuned for names in entry["trained"].values() for name in names}
+    ways = {way for entry in report.finetuned for way in entry["trained"]}
+    routers = (report.routers is not None and bool(report.routers["changed"])) or "router" in ways
+    changed, kept = ("routed experts and routers", "Shared") if routers else ("routed experts", "Routers, shared")
+    if others := sorted(name for name in names if "." not in name and name != "router"):
+        changed = f"{changed}, and the layers {', '.join(others)}"
+        return _LIMITS.format(changed=changed, kept="All other layers: shared", exactness=exactness)
     return _LIMITS.format(changed=changed, kept=kept, exactness=exactness)
 
 

@@ -99,6 +99,10 @@ class Report:
         artifact: `bytes` of the tensors of the result.
         routers: None unless they were trained; else `kl_before` and `kl_after`, on calibration windows that they were not
             trained on, and `changed`, the names of their tensors: none if the original ones stayed the best.
+        finetuned: one entry for each training of the whole model after its compression: what was `trained`, its `settings`,
+            how many `steps`, `examples`, learned `tokens` and `trained_parameters`, the loss on examples set aside before
+            and after (`loss_before`, `loss_after`), the tensors it `changed`, and the `evaluation_before` it. `evaluation`
+            is that of the result, and everything else that of the compression.
         prediction: `err_h`, `kl` and `perplexity_ratio` as they were predicted before anything was solved, for text like the
             calibration text; None if they were not.
     """
@@ -120,6 +124,7 @@ class Report:
     artifact: dict[str, Any]
     routers: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
+    finetuned: tuple[dict[str, Any], ...] = ()
 
     @property
     def err_h(self) -> float | None:
@@ -159,6 +164,7 @@ class Report:
                 raise TypeError("`artifact` holds no number of `bytes`")
             values["layers"] = tuple(_layer(entry) for entry in content["layers"])
             values["warnings"] = tuple(content["warnings"])
+            values["finetuned"] = tuple(content.get("finetuned", ()))
             if (found := content["calibration"]) is not None:
                 values["calibration"] = CalibrationReport(**{**found, "sources": tuple(found["sources"])})
         except (KeyError, TypeError) as error:

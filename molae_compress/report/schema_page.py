@@ -37,7 +37,8 @@ These recipes come with the package: {bundled}. Their names work wherever the pa
 _SOURCES = """\
 ## Sources of text
 
-`calibration.data` and `evaluate.data` take one of these, or a list of them. Paths start at the current directory.
+`calibration.data`, `finetune.data` and `evaluate.data` take one of these, or a list of them. Paths start at the current
+directory.
 
 | Source | What is read |
 |---|---|
@@ -77,10 +78,12 @@ budget of another kind, and the last one wins. Keys below `init.config` and `ini
 - `basis.output: combined` needs `experts_per_output_group: all`.
 - `refit.newton` above 0 excludes `cores: false` and `metric: input`.
 - `refit.sequential`, `heal.block_steps` and `heal.router_steps` need `calibration`.
+- `finetune` names at least one of `router`, `adapters` and `latent`, and has a weight above zero.
+- No tensor is both in `finetune.latent` and adapted.
 - `gate` needs `evaluate`.
 - `method: paper` excludes `calibration` and fixes {paper}.
-- `init` starts [a model from scratch](from-scratch.md): it excludes `calibration`, `evaluate`, `gate`, `heal`, values of
-  `refit`, `budget.max_kl` and `budget.banks`, and takes either `init.model_type` or `model`.
+- `init` starts [a model from scratch](from-scratch.md): it excludes `calibration`, `finetune`, `evaluate`, `gate`, `heal`,
+  values of `refit`, `budget.max_kl` and `budget.banks`, and takes either `init.model_type` or `model`.
 """
 
 
