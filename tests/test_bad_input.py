@@ -429,6 +429,6 @@ def test_an_output_that_is_not_a_number_fails_its_gate(
     assert recipe.calibration.data is not None
     section = json.dumps({"data": recipe.calibration.data[0], "samples": 2, "sequence_length": 16})
     nan = molae.Evaluation(30, 1.0, 1.0, float("nan"), 0.5)
-    monkeypatch.setattr(apply, "evaluate", lambda *_, **__: nan)
+    monkeypatch.setattr(apply, "evaluate_as", lambda *_, **__: nan)
     with pytest.raises(QualityGateError, match="max_kl"):
         molae.run(recipe_for(source, f"evaluate={section}", "gate.max_kl=0.1"), tmp_path / "out")

@@ -25,10 +25,10 @@ from molae_compress.recipe.sections import (
     Gate,
     Heal,
     Init,
-    Names,
     Output,
     Refit,
 )
+from molae_compress.recipe.values import Names
 
 SCHEMA_VERSION = 1
 # What `method: paper` fixes, by section: the procedure as published, so that comparisons mean something.

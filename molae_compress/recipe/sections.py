@@ -8,53 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
 from molae_compress.errors import RecipeError
-from molae_compress.recipe.files import format_size, parse_size
 from molae_compress.recipe.refusals import Section, exclusive
+from molae_compress.recipe.values import Count, Length, Names, Positive, Ranks, Share, Size, Sources, Steps, Weight
 
 BUDGETS = ("keep", "rank", "target_size", "max_kl")
-
-
-def _size_field(value: Any) -> int:
-    try:
-        return parse_size(value)
-    except RecipeError as error:
-        raise ValueError(error.remedy or error.what) from error
-
-
-def _entries(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _sources(value: Any) -> Any:
-    entries = (value,) if isinstance(value, str) else _entries(value)
-    if isinstance(entries, tuple) and not (entries and all(entries)):
-        raise ValueError("It names no source of text.")
-    return entries
-
-
-_SIZE_SCHEMA = {"type": ["string", "integer"], "pattern": r"^\d+(\.\d+)? ?[KMGTkmgt]?[iI]?[bB]$", "minimum": 1}
-_SOURCES_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-Size = Annotated[
-    int, BeforeValidator(_size_field), PlainSerializer(format_size, when_used="json"), WithJsonSchema(_SIZE_SCHEMA)
-]
-Sources = Annotated[tuple[str, ...], BeforeValidator(_sources), WithJsonSchema(_SOURCES_SCHEMA)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_entries)]
-Count = Annotated[int, Field(ge=1)]
-Steps = Annotated[int, Field(ge=0)]
-Length = Annotated[int, Field(ge=2)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-def _rank_entry(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Ranks = Annotated[Count | tuple[Count, Count], BeforeValidator(_rank_entry)]
 
 
 class Init(Section):
