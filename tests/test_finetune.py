@@ -139,7 +139,9 @@ def test_every_way_trains_what_it_says_and_is_written_back(
     assert distance(logits(tuned), logits(loaded(before))) > 1e-4
     assert molae.verify(tmp_path / "out").passed
     assert not (tmp_path / "out.finetune").exists()
-    assert "## Fine-tuning" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Fine-tuning" in card
+    assert "| err_h (error relative to the residual stream, over layers) of the compression, before fine-tuning |" in card
 
 
 @pytest.mark.parametrize("way", ["adapters", "all"])

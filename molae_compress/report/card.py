@@ -128,11 +128,12 @@ def comparison(report: Report) -> list[tuple[str, str, str]]:
         if evaluation.get(after) is not None:
             original = evaluation.get(before) if before else None
             rows.append((name, "" if original is None else form.format(original), form.format(evaluation[after])))
+    when = " of the compression, before fine-tuning" if report.finetuned else ""
     if report.err_h is not None:
-        rows.append(("err_h (error relative to the residual stream, over layers)", "", f"{report.err_h:.4g}"))
+        rows.append((f"err_h (error relative to the residual stream, over layers){when}", "", f"{report.err_h:.4g}"))
     if report.prediction is not None:
-        rows.append(("KL divergence as predicted before solving", "", f"{report.prediction['kl']:.4g}"))
-        rows.append(("err_h as predicted before solving", "", f"{report.prediction['err_h']:.4g}"))
+        rows.append((f"KL divergence as predicted before solving{when}", "", f"{report.prediction['kl']:.4g}"))
+        rows.append((f"err_h as predicted before solving{when}", "", f"{report.prediction['err_h']:.4g}"))
     return rows
 
 
