@@ -9,13 +9,14 @@ Needs matplotlib (extra `dev`); measures nothing.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from study import plots, tables
 from study.cells import RESULTS, ROOT
-from study.methods import OURS, PEERS, TRAINED_KEEP
-from study.results import Results, significant
+from study.methods import OURS, PEERS, TRAINED, TRAINED_KEEP
+from study.results import Results, significant, table
 
 DOCS = ROOT / "docs"
 BYTES = 2  # of a number as the checkpoints here store it
@@ -62,26 +63,29 @@ method) and on bases that 2, 4 or all experts of a layer share, which buys rank.
 PARTS = """The default with one thing changed at a time, on the first seed. A factor above 1 is what the default gains by
 that part; other text is {other}."""
 ROBUST = """KL × 1000 on each text, at {keeps} of the parameters, on the first seed. Calibrated on: {mixtures}."""
-TRAINED = """At {keep:.0%} of the parameters, all in one run on one machine. MoBE and SLBF take gradient steps: as many as in
+STEPS = """At {keep:.0%} of the parameters, all in one run on one machine. MoBE and SLBF take gradient steps: as many as in
 the tables above, and as many as their papers state at least."""
+WIDTHS = """Models of one sparse layer of {experts} experts, {top_k} a token, random, at {keep:.0%} of the parameters. Ours
+is all of the default, {tokens:,} calibration tokens included; the gradient methods' steps were timed and count as often as
+their papers state at least, without the search for shapes. How many times as long they take:"""
 INFERENCE = """What the routed experts take for one token, from the plan of each result. Bytes are those of the weights that
 a token computed alone reads, each weight once; the original has {size} bytes a number."""
 
 
-def section(title: str, text: str, table: str, command: str = "") -> str:
+def section(title: str, text: str, rows: str, command: str = "") -> str:
     """A section, or nothing if its table has no rows."""
-    return f"### {title}\n\n{text}\n\n{table}\n{command}" if table else ""
+    return f"### {title}\n\n{text}\n\n{rows}\n{command}" if rows else ""
 
 
 def picture(name: str, words: str) -> str:
     return f"![{words}](assets/{name})\n\n"
 
 
-def command(results: Results, table: str) -> str:
+def command(results: Results, name: str) -> str:
     """What measures a table alone."""
     study = results.study
     needs = (" --data texts" if study.needs_data else "") + (" --model model" if not study.model else "")
-    return f"```bash\npython benchmarks/quality.py --studies {study.name} --tables {table}{needs}\n```\n\n"
+    return f"```bash\npython benchmarks/quality.py --studies {study.name} --tables {name}{needs}\n```\n\n"
 
 
 def methods(results: Results) -> str:
@@ -116,7 +120,7 @@ def study(results: Results, title: str, lead: str) -> str:
         ),
         section(
             f"Fit time: {model}",
-            TRAINED.format(keep=TRAINED_KEEP),
+            STEPS.format(keep=TRAINED_KEEP),
             tables.trained(results),
             command(results, "trained"),
         ),
@@ -138,6 +142,25 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(f"`{name}`" for name in names)
 
 
+def widths(folder: Path) -> str:
+    """Fit time at larger widths, as `fit_time.py` left it."""
+    path = folder / "fit-time.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    body = [
+        [f"{row['hidden']}, {row['intermediate']}", significant(row["fit_seconds"])]
+        + [f"{significant(row[method]['ratio'], 2)}" for method in TRAINED]
+        for row in found["rows"]
+    ]
+    titles = [f"{tables.titled(method)}, {steps:,} steps" for method, steps in TRAINED.items()]
+    lead = WIDTHS.format(**found, **{key: found["rows"][0][key] for key in ("experts", "top_k")})
+    head = f"## Fit time at larger widths\n\n{lead}\n\n"
+    return (
+        head + table(("hidden, expert width", "ours (s)", *titles), body) + "\n```bash\npython benchmarks/fit_time.py\n```\n"
+    )
+
+
 def page(folder: Path = RESULTS) -> str:
     """The whole page as Markdown."""
     found = {name: Results.load(name, folder) for name in ("pocket-moe", "pocket-moe-novels", "development")}
@@ -150,6 +173,7 @@ def page(folder: Path = RESULTS) -> str:
         out += study(novels, "The example model on a novel", NOVELS)
     if other := found["development"]:
         out += study(other, "Another model", ELSEWHERE)
+    out += widths(folder)
     return out.rstrip() + "\n"
 
 

@@ -18,7 +18,7 @@ from molae_compress import Recipe
 from study import cells as study_cells
 from study import plots, tables
 from study.cells import STUDIES, Cell, Protocol, Study, cells, code_fingerprint, differences, known_rows, load, save
-from study.methods import ABLATIONS, METHODS, OURS, changed
+from study.methods import ABLATIONS, METHODS, OURS, TRAINED, changed
 from study.results import Results, shown, significant
 from study.texts import read
 
@@ -202,6 +202,18 @@ def test_the_whole_page_is_made_from_results_alone(tmp_path: Path) -> None:
     assert shown(example.values(example.of("quality", 0.5), "kl"), 1000) == "63.0 ± 4.2"
     assert "| `basis.metric: input` | errors measured right after the first projection | 50.0 | 1.00 | 1.00 |" in text
     assert "| the original | 2 | 2 | 100% | 2 | 2 | 100% |" in text
+
+
+def test_fit_times_at_a_width_stand_on_the_page(tmp_path: Path) -> None:
+    row = script("fit_time").measured(64, samples=4, sequence_length=32)
+    assert {method: row[method]["steps"] for method in TRAINED} == TRAINED
+    assert all(row[method]["ratio"] > 0 for method in TRAINED)
+    head = {"keep": 0.5, "tokens": 128, "rows": [{**row, "fit_seconds": 12.3, "slbf": {**row["slbf"], "ratio": 41.5}}]}
+    (tmp_path / "fit-time.json").write_text(json.dumps(head))
+    text = script("page").page(tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("| 64, 24 |"))
+    assert "| 12.3 |" in line
+    assert line.endswith("| 42 |")
 
 
 def test_pictures_follow_their_results(tmp_path: Path) -> None:
