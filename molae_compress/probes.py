@@ -23,10 +23,11 @@ from molae_compress.errors import DataError, ModelError, RecipeError
 from molae_compress.evaluation import check_predicts, compared, predicted
 from molae_compress.planning import Plan
 from molae_compress.prediction import Choice, Forecast, Prediction, Probe, spectral_error
+from molae_compress.ranks import has_clusters, template
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.stream import stand_in
 from molae_compress.summary import plan_of
-from molae_compress.tensors import DenseExperts
+from molae_compress.tensors import DenseExperts, ExpertsSpec
 
 STAGE = "probe"  # of the work directory
 # Wide apart, for a line between two of them; the first also shows what rounding and other text leave at the highest ranks.
@@ -50,9 +51,17 @@ def unpredictable(run: Run) -> str | None:
         check_predicts(run.source.model)
     except ModelError as error:
         return f"{error.what} {error.why}"
+    if run.recipe.budget.rank is not None and has_clusters(run.recipe) and any(_has_parts(run, spec) for spec in run.specs):
+        return "With a given rank, neighbouring experts share a basis; errors are known of experts that are alike."
     if any(shapes is None for shapes in _probed_shapes(run, None)):
         return f"The lowest ranks need more than {min(BUDGETS):.0%} of the parameters, so there is nothing to compare with."
     return None
+
+
+def _has_parts(run: Run, spec: ExpertsSpec) -> bool:
+    """Whether experts of a module share bases, but not all of them one."""
+    shape = template(run.recipe, spec)
+    return any(1 < size < spec.num_experts for size in (shape.input_group, shape.output_group))
 
 
 def check_max_kl(run: Run) -> None:

@@ -181,6 +181,8 @@ def test_what_cannot_be_predicted_is_said(checkpoint: CheckpointMaker, monkeypat
     found = molae.plan(recipe_for(source, one), measured=True)
     assert found.prediction is None
     assert "one calibration window" in str(found)
+    neighbours = recipe_for(source, "budget.rank=8", "basis.experts_per_input_group=2")
+    assert "neighbouring experts" in str(molae.plan(neighbours, measured=True))
     data_free = molae.plan(recipe_for(source, calibrated=False), measured=True)
     assert data_free.measured
     assert data_free.unpredictable is not None
