@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from marked import ROOT, replaced
+
 RESULTS = ROOT / "benchmarks" / "results" / "onnx.json"
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "torch", "transformers")
 MODELS = {"dense": "the original", "quality": "compressed", "serving": "compressed, one basis a side"}
@@ -80,11 +81,7 @@ def pages(results: dict[str, Any]) -> dict[Path, str]:
     for part, (name, script, _) in TABLES.items():
         path = ROOT / "docs" / name
         text = found.get(path) or path.read_text(encoding="utf-8")
-        begin, end = f"<!-- {part}: written by benchmarks/{script} -->\n", f"<!-- end of {part} -->\n"
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        assert tail, f"docs/{name} has lost the marks of the table {part}"
-        found[path] = f"{head}{begin}\n{table(part, results)}\n{end}{tail}" if part in results else text
+        found[path] = replaced(text, part, script, table(part, results)) if part in results else text
     return found
 
 
