@@ -1,6 +1,6 @@
 """Speed of whole models, compressed against dense: transformers in the best experts backend of each, and vLLM.
 
-    python benchmarks/inference.py                                     # transformers; about a quarter of an hour on two cores
+    python benchmarks/inference.py                                     # transformers: a quarter of an hour on two cores
     python benchmarks/inference.py --vllm .venv-serving/bin/python     # vLLM as well, in its environment: make test-serving
     python benchmarks/inference.py --layers 1 --rounds 2 --results trial.json
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from marked import ROOT, write_table
+from study.marked import ROOT, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
 PAGE = ROOT / "docs" / "serving.md"

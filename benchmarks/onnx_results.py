@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from marked import ROOT, replaced
+from study.marked import ROOT, replaced
 
 RESULTS = ROOT / "benchmarks" / "results" / "onnx.json"
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "torch", "transformers")

@@ -12,6 +12,7 @@ from molae_compress.cli.command import Verbs, show_version
 from molae_compress.cli.finetune import finetune
 from molae_compress.cli.onnx import export, generate
 from molae_compress.cli.recipes import recipe
+from molae_compress.cli.serve import serve
 from molae_compress.cli.verbs import apply, evaluate, expand, init, inspect, plan, verify
 
 __all__ = ["main"]
@@ -35,5 +36,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, apply, init, finetune, evaluate, verify, expand, export, generate, recipe):
+for _command in (inspect, plan, apply, init, finetune, evaluate, verify, expand, export, generate, serve, recipe):
     main.add_command(_command)
