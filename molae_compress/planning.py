@@ -14,6 +14,7 @@ import torch
 
 from molae_compress.budget import Shapes
 from molae_compress.efficiency import Cost, compare_costs, cost_lines
+from molae_compress.engines import engines
 from molae_compress.errors import human_bytes
 from molae_compress.operations import active_bytes, operations, sent_numbers
 from molae_compress.prediction import Choice, Prediction
@@ -59,6 +60,7 @@ class Plan:
 
     Attributes:
         model: folder or hub id; None for a model in memory without a name.
+        model_type: architecture, as transformers calls it.
         layers: one entry for every routed-experts module of the model.
         source_bytes, artifact_bytes: tensor bytes of the checkpoint (quantised weights as they are read) and of the result.
         limit_bytes: what the result takes at most; more than `artifact_bytes` where measured ranks may spend what the steps
@@ -79,6 +81,7 @@ class Plan:
     """
 
     model: str | None
+    model_type: str
     layers: tuple[LayerPlan, ...]
     source_bytes: int
     artifact_bytes: int
@@ -110,6 +113,10 @@ class Plan:
         keys = ("dense_flops", "flops", "dense_active_bytes", "active_bytes")
         return {key: sum(getattr(layer, key) for layer in self.layers) for key in keys}
 
+    def engines(self) -> dict[str, str]:
+        """What runs the result, and how; see `engines.engines`."""
+        return engines(self.model_type, [layer.shape for layer in self.layers if layer.shape is not None])
+
     def warnings(self) -> tuple[str, ...]:
         """What a reader should know before running it, one sentence each."""
         found = []
@@ -137,6 +144,7 @@ class Plan:
             "dense_parameters": self.dense_parameters,
             "parameters": self.parameters,
             **self.per_token(),
+            "engines": self.engines(),
         }
         return {**asdict(self), "layers": layers, **totals, "warnings": list(self.warnings())}
 
@@ -164,6 +172,12 @@ class Plan:
             f"({work['flops'] / work['dense_flops']:.4f}), {human_bytes(work['dense_active_bytes'])} -> "
             f"{human_bytes(work['active_bytes'])} of weights read "
             f"({work['active_bytes'] / work['dense_active_bytes']:.4f})",
+            f"at most         {work['dense_active_bytes'] / work['active_bytes']:.2f} times as fast as dense for one token "
+            f"(bytes of experts), {work['dense_flops'] / work['flops']:.2f} for a prompt (operations)",
+            *(
+                f"{'runs in' if not number else '':16}{name}: {how}"
+                for number, (name, how) in enumerate(self.engines().items())
+            ),
             f"checkpoint      {human_bytes(self.source_bytes)}{packed} -> {human_bytes(self.artifact_bytes)}",
             f"of the run      memory up to {human_bytes(self.memory_bytes)}, of which activations "
             f"{human_bytes(self.activation_bytes)}; free disk {human_bytes(self.disk_bytes)}; "
@@ -270,6 +284,7 @@ def make_plan(
     specs: Sequence[ExpertsSpec],
     shapes: Shapes,
     *,
+    model_type: str,
     dense_bytes: dict[str, int],
     dtypes: dict[str, torch.dtype],
     source_bytes: int,
@@ -291,6 +306,7 @@ def make_plan(
         model: folder or hub id.
         specs: all of its routed-experts modules.
         shapes: of those that are compressed.
+        model_type: see `Plan`.
         dense_bytes: of the checkpoint's tensors, by module.
         dtypes: type of the latent tensors, by module.
         source_bytes: tensors of the checkpoint.
@@ -328,6 +344,7 @@ def make_plan(
     compared = ends_bytes if evaluated else 0
     return Plan(
         model=model,
+        model_type=model_type,
         layers=layers,
         source_bytes=source_bytes,
         artifact_bytes=artifact,

@@ -39,6 +39,7 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         model,
         source.specs,
         shapes,
+        model_type=source.model.config.model_type,
         dense_bytes={spec.name: source.expert_bytes(spec) for spec in source.specs},
         dtypes=dtypes,
         source_bytes=source.nbytes(),

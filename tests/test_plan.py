@@ -16,6 +16,7 @@ import molae_compress as molae
 from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import skeleton
 from molae_compress.checkpoint import Checkpoint
+from molae_compress.engines import engines
 from molae_compress.planning import LIBRARIES, solver_bytes
 from molae_compress.ranks import Module
 from molae_compress.recipe import Recipe, bundled_recipes
@@ -185,3 +186,16 @@ def test_a_projection_may_keep_its_whole_size_where_numbers_are_counted() -> Non
         for side in Module.of(recipe, spec, dtype).sides:
             assert (side.costs[side.choices[-1]] >= side.dense) is whole
             assert [side.costs[k] < side.dense for k in side.choices[:-1]] == [True] * (len(side.choices) - 1)
+
+
+def test_engines_follow_from_form_and_architecture(checkpoint: CheckpointMaker) -> None:
+    grouped = molae.plan(recipe_for(checkpoint("qwen3_moe")))
+    layer = molae.plan(recipe_for(checkpoint("qwen3_moe"), "basis.profile=serving"))
+    assert "grouped products" in grouped.engines()["vLLM"]
+    assert "ort-moe" not in grouped.engines()["ONNX Runtime"]
+    assert "fused" in layer.engines()["vLLM"]
+    assert "ort-moe" in layer.engines()["ONNX Runtime"]
+    assert all("not tested" in engines("phimoe", [])[name] for name in ("vLLM", "ONNX Runtime"))
+    work = layer.per_token()
+    assert f"{work['dense_active_bytes'] / work['active_bytes']:.2f} times as fast" in str(layer)
+    assert layer.to_dict()["engines"] == layer.engines()

@@ -31,6 +31,7 @@ def made_report(**changes: Any) -> Report:
         str(recipe.model),
         SPECS,
         {SPECS[0].name: SHAPE, SPECS[1].name: None},
+        model_type="qwen3_moe",
         dense_bytes={spec.name: 4 * spec.dense_numel for spec in SPECS},
         dtypes={spec.name: torch.float32 for spec in SPECS},
         source_bytes=2_000_000,

@@ -18,13 +18,15 @@ from molae_compress.errors import ModelError
     context_settings={"ignore_unknown_options": True},
 )
 @command.artifact_argument
+@click.option("--host", default="localhost", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF transformers serve]...")
-def serve(folder: Path, options: tuple[str, ...]) -> None:
+def serve(folder: Path, host: str, port: int, options: tuple[str, ...]) -> None:
     """Run `transformers serve` with the compressed model in DIR: completions and chat over HTTP, until interrupted.
 
-    What follows DIR is passed on: `--host`, `--port`, `--device`, `--dtype`, `--continuous-batching` and the rest that
-    `transformers serve --help` names. `transformers serve` alone does not know compressed models. For many requests at once
-    vLLM is the better server.
+    All other options are passed on: `--device`, `--dtype`, `--continuous-batching` and the rest that `transformers serve
+    --help` names. `transformers serve` alone does not know compressed models. For many requests at once vLLM is the better
+    server.
     """
     from transformers.utils.import_utils import is_serve_available
 
@@ -39,4 +41,4 @@ def serve(folder: Path, options: tuple[str, ...]) -> None:
     # A Typer application, and as such a plain function from the words of a command line.
     from transformers.cli.transformers import app
 
-    app(["serve", str(folder), *options], prog_name="transformers")
+    app(["serve", str(folder), "--host", host, "--port", str(port), *options], prog_name="transformers")
