@@ -1,6 +1,6 @@
 """Fit time at larger widths: the default recipe against MoBE and SLBF with the gradient steps that their papers state.
 
-    python benchmarks/fit_time.py                               # half an hour of one core; page.py shows the results
+    python benchmarks/fit_time.py                               # a quarter of an hour of one core; page.py shows the results
     python benchmarks/fit_time.py --hidden 256 --results trial
 
 The example model is so small that reading the calibration text takes half of a fit. Here are models of one sparse layer,
@@ -27,7 +27,7 @@ from baselines import BASELINES, Setting
 from study.cells import RESULTS, Protocol
 from study.methods import TRAINED, TRAINED_KEEP
 
-WIDTHS = (256, 512, 1024)
+WIDTHS = (256, 512)
 EXPERTS, TOP_K, VOCABULARY = 64, 8, 1024
 FEW, MORE = 2, 6  # gradient steps timed
 
