@@ -111,7 +111,12 @@ def study(results: Results, title: str, lead: str) -> str:
     parts = [
         f"## {title}\n\n{lead.strip()}\n\n{tables.settings(results)}\n\n",
         methods(results) if main else "",
-        section(f"Single parts: {model}", PARTS.format(other=other), tables.parts(results), command(results, "parts")),
+        section(
+            f"Single parts: {model}",
+            PARTS.format(other=other),
+            tables.parts(results) if "parts" in results.study.tables else "",
+            command(results, "parts"),
+        ),
         section(
             f"Other text, mixed text, little text: {model}",
             ROBUST.format(keeps=keeps, mixtures=mixtures),

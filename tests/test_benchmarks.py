@@ -98,11 +98,13 @@ def test_results_name_no_path_and_keep_to_the_budget(name: str) -> None:
 
 
 @each_study
-def test_results_are_of_one_whole_run(name: str) -> None:
+def test_results_are_of_one_run_and_whole_where_anybody_can_repeat_it(name: str) -> None:
     results = results_of(name)
     found = [Cell.from_row(row) for row in results.content["rows"]]
     study = dataclasses.replace(STUDIES[name], model=results.content["model"])
-    assert set(found) == set(cells(study, Protocol())), "run `make bench-quality`"
+    missing = set(cells(study, Protocol())) - set(found)
+    assert set(found) <= set(cells(study, Protocol())), "run `make bench-quality`"
+    assert study.needs_data or not missing, "run `make bench-quality`"
     assert results.content["code_sha256"]
 
 
