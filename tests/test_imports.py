@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 BASE = {"tensors", "errors", "layouts"}
 MIDDLE = {"adapters", "calibration", "solver", "modeling", "checkpoint"}
-OUTER = {"tuning", "export", "report", "evaluate"}
+OUTER = {"tuning", "export", "report", "evaluate", "serving"}
 ALLOWED: dict[str, set[str]] = dict.fromkeys(MIDDLE, BASE) | {
     "solver": {"tensors", "errors"},
     "layouts": {"tensors", "errors"},
@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = dict.fromkeys(MIDDLE, BASE) | {
     "tensors": {"errors"},
     "errors": set(),
 }
-HEAVY = ("onnx", "onnxruntime", "peft", "triton", "datasets", "matplotlib")
+HEAVY = ("onnx", "onnxruntime", "peft", "triton", "datasets", "matplotlib", "vllm")
 ON_TRITON = ("molae_compress.kernels.gpu_launch", "molae_compress.kernels.triton_gemm")  # modules that import triton
 MAX_LINES = 400
 

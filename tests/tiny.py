@@ -25,6 +25,22 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 256,
     "pad_token_id": 257,
 }
+_DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": EXPERTS,
+    "moe_intermediate_size": INTERMEDIATE,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 _FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE, "tie_word_embeddings": True},
     "qwen2_moe": {
@@ -36,22 +52,8 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "sliding_window": None},
     "olmoe": {"num_experts": EXPERTS, "intermediate_size": INTERMEDIATE},
     # First layer dense, group-limited routing with a correction bias, multi-head latent attention.
-    "deepseek_v3": {
-        "n_routed_experts": EXPERTS,
-        "moe_intermediate_size": INTERMEDIATE,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-    },
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v2": _DEEPSEEK | {"topk_method": "group_limited_greedy"},
     # Transposed, biased, interleaved, clamped low enough to matter; sliding and full attention layers.
     "gpt_oss": {
         "num_local_experts": EXPERTS,
