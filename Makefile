@@ -81,7 +81,7 @@ docs: $(VENV)/all
 	$(BIN)/mkdocs build --strict
 
 bench: bench-quality
-	set -e; for script in fit_time prediction solver memory onnx_speed onnx_models; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
+	set -e; for script in fit_time prediction solver memory finetune onnx_speed onnx_models inference; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
 
 # DATA is a folder of further texts, MODEL a further model: see benchmarks/README.md.
 bench-quality: $(VENV)/all

@@ -42,7 +42,7 @@ from molae_compress.checkpoint import (
 )
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
-from molae_compress.conditions import check_gate, check_room, finished
+from molae_compress.conditions import check_gate, check_room, clear_finished, finished
 from molae_compress.errors import DataError, RecipeError
 from molae_compress.evaluation import check_predicts, evaluate_as
 from molae_compress.finetuning import finetune
@@ -369,6 +369,7 @@ class _Job:
         on with the training alone.
         """
         if self.recipe.finetune is None or report.finetuned:
+            clear_finished(out)
             check_gate(self.recipe, report)
             return report
         return finetune(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from molae_compress.checkpoint import check_free_space
+from molae_compress.checkpoint import WorkDirectory, check_free_space
 from molae_compress.errors import QualityGateError, ResumeError
 from molae_compress.planning import Plan
 from molae_compress.recipe import Recipe
 from molae_compress.report import Report
+
+WRITTEN = "written"  # item of a training's work directory: the files of its result, since before that got to its place
 
 
 def check_room(out: Path, work: Path, plan: Plan) -> None:
@@ -66,3 +68,27 @@ def check_gate(recipe: Recipe, report: Report) -> None:
                 f"`gate.{key}: {limit}` failed: the result has {'no finite value' if value is None else f'{value:.4g}'}.",
                 remedy="The artifact is complete; raise the budget, or the limit.",
             )
+
+
+def clear_finished(out: Path, work_path: Path | None = None, *, keep: bool = False) -> None:
+    """Removes the work directory of a training whose result is at `out`: a kill right after its publication leaves it.
+
+    Args:
+        out: an artifact.
+        work_path: the work directory; by default the one beside it.
+        keep: remove its checkpoints alone.
+    """
+    work = WorkDirectory.left_at(work_path or tuning_work(out))
+    if work is None:
+        return
+    from molae_compress.tuning.trainer import STAGE
+
+    with work:
+        written = STAGE in work.stages and WRITTEN in work.done(STAGE)
+        if written and work.load(STAGE, WRITTEN)[1]["files"] == Report.load(out).files:
+            work.discard(STAGE) if keep else work.remove()
+
+
+def tuning_work(out: Path) -> Path:
+    """Where checkpoints are kept unless another place is given."""
+    return out.with_name(f"{out.name}.finetune")

@@ -35,7 +35,7 @@ from molae_compress.checkpoint import (
 )
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import Progress, silent
-from molae_compress.conditions import check_gate
+from molae_compress.conditions import WRITTEN, check_gate, clear_finished, tuning_work
 from molae_compress.errors import RecipeError, ResumeError
 from molae_compress.evaluation import check_tokenizers, check_vocabulary, evaluate_as
 from molae_compress.modeling.quantizer import installed_version
@@ -48,7 +48,7 @@ from molae_compress.tuning.examples import Examples
 from molae_compress.tuning.inputs import check_installed, check_trainable, examples_for, open_original
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainingArguments
 
     from molae_compress.tuning.training import Training
     from molae_compress.tuning.ways import Chosen
@@ -99,7 +99,7 @@ def finetune(
     """
     folder = Path(folder).expanduser().resolve()
     out = folder if out is None else Path(out).expanduser().resolve()
-    work_path = Path(work_dir).expanduser().resolve() if work_dir is not None else out.with_name(f"{out.name}.finetune")
+    work_path = Path(work_dir).expanduser().resolve() if work_dir is not None else tuning_work(out)
     job = _Job.open(folder, recipe, device, trust_remote_code, progress or silent)
     if out != folder:
         check_output_folder(out, ours=is_artifact)
@@ -107,11 +107,13 @@ def finetune(
     for source in job.read_only(out):
         check_place(out, "output folder", source, ours=is_artifact)
         check_place(work_path, "work directory", source, ours=is_artifact)
-    if not fresh and is_artifact(out) and (report := job.finished(out)) is not None:
-        check_gate(job.recipe, report)
-        return report
-    limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
-    report = job.run(out, work_path, fresh=fresh, finish=finish, limit=limit, keep=work_dir is not None, callbacks=callbacks)
+    keep = work_dir is not None
+    report = job.finished(out) if not fresh and is_artifact(out) else None
+    if report is None:
+        limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
+        report = job.run(out, work_path, fresh=fresh, finish=finish, limit=limit, keep=keep, callbacks=callbacks)
+    elif job.arguments(work_path).process_index == 0:
+        clear_finished(out, work_path, keep=keep)
     check_gate(job.recipe, report)
     return report
 
@@ -237,15 +239,15 @@ class _Job:
         """Trains and writes. Of several processes the first one keeps the work directory, and writes."""
         from molae_compress.tuning.teacher import STAGE as TEACHER
         from molae_compress.tuning.teacher import keep_predictions
-        from molae_compress.tuning.trainer import STAGE, arguments_for
+        from molae_compress.tuning.trainer import STAGE
 
-        checkpoints = work_path / STAGE
-        on_cpu = self.source.device.type == "cpu"
-        arguments = arguments_for(self.settings, checkpoints, bfloat16=self._bfloat16(), on_cpu=on_cpu)
+        checkpoints, arguments = work_path / STAGE, self.arguments(work_path)
         first = arguments.process_index == 0
         with ExitStack() as stack:
             with arguments.main_process_first(local=False, desc="the original's predictions"):
                 if first:
+                    if is_artifact(out):
+                        clear_finished(out, work_path, keep=keep)
                     self._check_room(out, work_path)
                     inputs = self.stage_inputs()
                     opened = WorkDirectory.open(work_path, stage_inputs=inputs, fresh=fresh, reusable=(TEACHER,))
@@ -261,7 +263,7 @@ class _Job:
             figures = training.of_last(checkpoints) if finish else training.run(arguments, work_path / TEACHER, callbacks)
             with arguments.main_process_first(local=False, desc="the result"):
                 if first:
-                    self._put(out, work_path, checkpoints, figures)
+                    self._put(out, work, checkpoints, figures)
                     work.discard(STAGE) if keep else work.remove()
         return Report.load(out)
 
@@ -279,16 +281,30 @@ class _Job:
             progress=self.progress,
         )
 
-    def _put(self, out: Path, work_path: Path, checkpoints: Path, figures: Mapping[str, Any]) -> None:
-        name = hashlib.sha256(str(work_path).encode()).hexdigest()[:8]
+    def arguments(self, work_path: Path) -> TrainingArguments:
+        """What transformers is told."""
+        from molae_compress.tuning.trainer import STAGE, arguments_for
+
+        on_cpu = self.source.device.type == "cpu"
+        return arguments_for(self.settings, work_path / STAGE, bfloat16=self._bfloat16(), on_cpu=on_cpu)
+
+    def _put(self, out: Path, work: WorkDirectory, checkpoints: Path, figures: Mapping[str, Any]) -> None:
+        from molae_compress.tuning.trainer import STAGE
+
+        name = hashlib.sha256(str(checkpoints.parent).encode()).hexdigest()[:8]
         staging = out.with_name(f".{out.name}.{name}.partial")
         keys = own_keys(self.source, self.chosen.changed, remedy=_REMEDY)
         entries = self.source.checkpoint.entries
         merged = self._training().merged(checkpoints)
         changed = {key: merged[name].to(entries[key].torch_dtype).contiguous() for name, key in keys.items()}
-        put_at(out, staging, lambda: self._write(staging, changed, figures))
 
-    def _write(self, staging: Path, changed: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+        def write() -> None:
+            report = self._write(staging, changed, figures)
+            work.commit(STAGE, WRITTEN, {}, {"files": report.files})
+
+        put_at(out, staging, write)
+
+    def _write(self, staging: Path, changed: Mapping[str, Tensor], figures: Mapping[str, Any]) -> Report:
         """The whole artifact into a new folder, evaluated if the recipe says so."""
         with disk_errors(staging):
             staging.mkdir(parents=True)
@@ -325,6 +341,7 @@ class _Job:
             self.report,
             finetuned=(*self.report.finetuned, entry),
             evaluation=evaluation.to_dict() if evaluation is not None else None,
+            warnings=(*self.report.warnings, *_warnings(figures)),
             files={},
         )
         card = self.folder / "README.md"
@@ -332,6 +349,7 @@ class _Job:
         write_file(staging / "README.md", model_card(report, base_text).encode())
         report = replace(report, files=file_hashes(staging, {file.name: file.sha256 for file in shards.files}))
         report.save(staging)
+        return report
 
     def _cached(self) -> bool:
         return self.settings.kl_weight > 0 and self.settings.teacher == "cached"
@@ -347,3 +365,14 @@ class _Job:
         predictions = 8 * self.settings.teacher_top_k * self.examples.ids_NL.numel() if self._cached() else 0
         check_free_space(work_path, 2 * _OF_A_CHECKPOINT * sum(sizes) + predictions, "the training")
         check_free_space(out.parent, self.source.checkpoint.total_bytes, "the result")
+
+
+def _warnings(figures: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before the result of a training is used."""
+    before, after = figures["loss_before"], figures["loss_after"]
+    if before is None or after <= before:
+        return []
+    return [
+        f"Fine-tuning raised the loss on examples set aside from {before:.4g} to {after:.4g} per token: the model was "
+        "better before. Lower `finetune.learning_rate`, or train on more text, and start from the artifact as it was."
+    ]

@@ -61,8 +61,8 @@ def kept_bytes(spec: ExpertsSpec, shape: AnyShape | None, dtype: torch.dtype) ->
     """Bytes of activations that one token leaves behind for the backward pass, all experts alike busy.
 
     Of the experts backend `grouped_mm` and an activation that keeps its rows, the gate's output and the product, as
-    `silu(gate) * up` does; clamps and the like keep more. A basis in interpolative storage that not all experts share keeps
-    the column indices of every slot too, in 64 bits.
+    `silu(gate) * up` does; clamps and the like keep more. Of the inputs of a basis in interpolative storage those columns
+    are kept that it does not pass through. Vectors of one index a slot are left out.
 
     Args:
         spec: of the module.
@@ -79,18 +79,15 @@ def kept_bytes(spec: ExpertsSpec, shape: AnyShape | None, dtype: torch.dtype) ->
         slots, share = K * bank.spec.num_experts / spec.num_experts, bank.spec.num_experts / spec.num_experts
         whole_in, whole_out = (group == bank.spec.num_experts for group in (part.input_group, part.output_group))
         whole_out = whole_out and part.rank_out is not None and not spec.has_output_norm
-        numbers, indices = slots * inside, 0.0
-        numbers += H * (share if whole_in else slots)
         branches = len(part.branches())
+        # the inputs as they are serve all branches, without some columns only the branch whose columns these are
+        read = H if part.storage == "orthonormal" else branches * (H - part.rank_in)
+        numbers = slots * inside + read * (share if whole_in else slots)
         numbers += slots * branches * part.rank_in
-        if part.storage == "interpolative":
-            numbers += branches * (H - part.rank_in) * (share if whole_in else slots)
-            indices += 0 if whole_in else branches * H * slots
-            indices += 0 if part.rank_out is None or part.output_group == bank.spec.num_experts else H * slots
         if part.rank_out is not None:
             numbers += part.rank_out * slots
         numbers += (part.rank_out or 0) * share if whole_out else H * slots
-        total += dtype.itemsize * numbers + torch.int64.itemsize * indices
+        total += dtype.itemsize * numbers
     return round(total)
 
 

@@ -29,7 +29,7 @@ from molae_compress.checkpoint.source import resolve_model
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import Run
 from molae_compress.configuration import configuration, dense_model
-from molae_compress.errors import ModelError, RecipeError
+from molae_compress.errors import ModelError, RecipeError, ResumeError
 from molae_compress.layouts import dense_experts, weight_names
 from molae_compress.modeling.initial import random_tensors
 from molae_compress.modeling.latent import check_shape
@@ -118,7 +118,14 @@ def init(
         CheckpointError, ResumeError: the folder cannot be written, or holds something.
     """
     out, recipe = Path(out).expanduser().resolve(), Recipe.load(recipe)
-    check_output_folder(out, ours=is_artifact if fresh else lambda _: False)
+    recipe_init(recipe)
+    check_output_folder(out, ours=is_artifact)
+    if is_artifact(out) and not fresh:
+        raise ResumeError(
+            f"'{out}' holds a model already.",
+            why="Replacing it silently would lose it, and what it has learned.",
+            remedy="Use --fresh to replace it, or another --output.",
+        )
     source = configuration_folder(recipe)
     if source is not None:
         check_place(out, "output folder", source.resolve(), ours=is_artifact)
@@ -330,7 +337,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # it is set on all of them
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

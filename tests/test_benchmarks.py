@@ -282,3 +282,48 @@ def test_the_results_are_those_of_the_code() -> None:
         found = bench.row(Cell.from_row(row))
         kl = results.values([found], "kl")[0]
         assert kl == pytest.approx(results.values([row], "kl")[0], rel=0.05), "run `make bench-quality`"
+
+
+def test_the_page_on_fine_tuning_shows_the_results() -> None:
+    finetune = script("finetune")
+    _, rest = finetune.PAGE.read_text(encoding="utf-8").split(finetune.MARK)
+    assert rest.split(finetune.END)[0] == finetune.section(finetune.studies_in(finetune.RESULTS))
+
+
+def test_what_is_shown_of_a_fine_tuning_is_what_was_measured() -> None:
+    finetune = script("finetune")
+    before = {"perplexity": 24.0, "original_perplexity": 20.0, "kl": 0.2}
+    after = {"perplexity": 21.0, "kl": 0.05, "recovered": 0.75, "kl_recovered": 0.75}
+    row = {"way": "router", "tokens": 1000, "seconds": 3.2, "trained_parameters": 64, "texts": {"some:text": after}}
+    asked = {"train": ["other:text"], "sequence_length": 16, "batch_size": 2, "epochs": 1}
+    head = {"study": "pocket-moe", "parameters": 99, "asked": asked, "threads": 2}
+    found = {**head, "before": {"some:text": before}, "rows": [row]}
+    assert "| routers | 1,000 | 3 | 64 | 21.00 (75%) | 0.050 (75%) |" in finetune.section([found])
+    assert "memory" not in finetune.section([found])
+    assert "1.20 times the memory" in finetune.section([found | {"memory": {"peak": 12e6, "accounted": 10e6}}])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_fine_tuning_runs(tmp_path: Path) -> None:
+    texts = [f"{name}.txt" for name in ("train", "other")]
+    for number, name in enumerate(texts):
+        (tmp_path / name).write_text("".join(f"{i * 7 % 31} apples {number} fell from tree {i % 13}.\n" for i in range(400)))
+    sizes = ("--samples", "8", "--calibration-samples", "8", "--evaluation-samples", "4", "--sequence-length", "32")
+    model = ("--data", tmp_path, "--model", ROOT / "examples" / "pocket-moe")
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "finetune.py",
+        *model,
+        "--train",
+        texts[0],
+        "--evaluate",
+        texts[1],
+        *sizes,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [*command, "--results", tmp_path, "--rows", "router", "text"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert "| routers |" in done.stdout, done.stderr
+    content = json.loads((tmp_path / "finetune-development.json").read_text())
+    assert [row["way"] for row in content["rows"]] == ["router", "text"]
+    assert str(tmp_path) not in json.dumps(content)

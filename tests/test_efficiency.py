@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import molae_compress as molae
 from molae_compress.efficiency import cost, paper_shapes
 from molae_compress.layouts import describe_in
+from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.latent import LatentExperts
 from molae_compress.operations import backward_operations, kept_bytes, operations, sent_numbers
 from molae_compress.tensors import AnyShape, BankedShape, ExpertsSpec, LatentShape
@@ -24,6 +25,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "grouped": {"rank": 8},
     "orthonormal": {"rank": 8, "storage": "orthonormal", "experts_per_input_group": 2},
     "shared": {"rank": 8, "experts_per_input_group": "all", "experts_per_output_group": "all"},
+    "apart": {"rank": 8, "gate_up": "separate", "storage": "interpolative"},
     "paper": {"method": "paper", "rank": 8},
 }
 TOKENS = 64
@@ -37,6 +39,25 @@ def experts(family: str, form: str) -> tuple[PreTrainedModel, nn.Module, Experts
     name = next(name for name, _ in stock.named_modules() if name.endswith(".experts"))
     module = model.get_submodule(name)
     return model, module, describe_in(stock, name), module.shape if isinstance(module, LatentExperts) else None
+
+
+def kept_by(module: nn.Module, spec: ExpertsSpec) -> int:
+    """Bytes that autograd keeps of a forward pass, besides weights and vectors of indices, one a slot."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    weights |= {
+        basis._rest_GC().data_ptr() for basis in module.modules() if isinstance(basis, Basis) and basis.pivots is not None
+    }
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights and (tensor.is_floating_point() or tensor.dim() > 1):
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(module, spec)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def call(module: nn.Module, spec: ExpertsSpec) -> Tensor:
@@ -65,24 +86,31 @@ def test_operations_are_those_that_torch_counts(family: str, form: str) -> None:
 def test_bytes_kept_for_the_backward_pass_are_those_that_autograd_keeps(family: str, form: str) -> None:
     model, module, spec, shape = experts(family, form)
     model.set_experts_implementation("grouped_mm")
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        # vectors of indices and offsets, one a slot, are the same in every form and not counted
-        if place not in weights and (tensor.is_floating_point() or tensor.dim() > 1):
-            kept[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call(module, spec)
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    found = kept_by(module, spec)
     claimed = TOKENS * kept_bytes(spec, shape, torch.float32)
     if family == "gpt_oss":  # clamps, and biases by way of the routing weights
         assert claimed < found < 1.8 * claimed
     else:
         assert found == pytest.approx(claimed, rel=0.02)
+
+
+def test_banks_keep_no_more_than_their_slots() -> None:
+    """Not rows of zeros for slots of other banks, nor the columns of a basis for every slot."""
+    model, _, spec, _ = experts("qwen3_moe", "grouped")
+    parts = [LatentShape("grouped", rank, rank, group, 1, storage="interpolative") for rank, group in ((8, 1), (16, 2))]
+    shape = BankedShape(((0, 1, 2, 5), (3, 4, 6, 7)), tuple(parts))
+    module = LatentExperts.from_stock(
+        AutoModelForCausalLM.from_config(model.config).model.layers[-1].mlp.experts, spec, shape
+    )
+    for tensor in module.parameters():
+        torch.nn.init.normal_(tensor, std=0.3)
+    for basis in (one for one in module.modules() if isinstance(one, Basis)):
+        assert basis.pivots is not None
+        basis.pivots.copy_(torch.arange(basis.rank).repeat(basis.groups))
+    claimed = TOKENS * kept_bytes(spec, shape, torch.float32)
+    assert claimed < 1.2 * TOKENS * kept_bytes(spec, None, torch.float32)
+    # besides, masks of the slots of each bank: a few bytes each
+    assert claimed <= kept_by(module, spec) < 1.02 * claimed
 
 
 def test_bytes_of_training_are_those_of_trainer(tmp_path: Any) -> None:

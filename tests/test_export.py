@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
-from molae_compress import Recipe  # noqa: E402
+from molae_compress import Recipe, finetune  # noqa: E402
 from molae_compress import run as compress  # noqa: E402
 from molae_compress.cli import main  # noqa: E402
 from molae_compress.errors import CheckpointError, ExportError, ModelError, ResumeError  # noqa: E402
@@ -33,6 +33,8 @@ from molae_compress.export.slots import experts_of, layout_and_spec  # noqa: E40
 from molae_compress.modeling import attach_  # noqa: E402
 from molae_compress.source import DiskSource  # noqa: E402
 from tests.conftest import CheckpointMaker  # noqa: E402
+from tests.runs import distance, logits, recipe_for  # noqa: E402
+from tests.runs import loaded as in_torch  # noqa: E402
 from tests.test_docs import ROOT, blocks  # noqa: E402
 from tests.test_export_lowering import library  # noqa: E402, F401
 from tests.test_modeling import SHAPES, random_latent  # noqa: E402
@@ -136,6 +138,21 @@ def logits_in_every_lowering(family: str, folder: Path, request: pytest.FixtureR
         assert set(errors) == {
             f"{part}, {run}" for part in ("prefill", "decoding") for run in ("without padding", "padded on the left")
         }
+
+
+@pytest.mark.parametrize("way", [{"adapters": 2, "router": True}, {"latent": "all"}], ids=["adapters", "latent"])
+def test_a_fine_tuned_model_is_exported_as_it_was_trained(
+    way: dict[str, Any], checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    before, tuned = tmp_path / "before", tmp_path / "tuned"
+    recipe = recipe_for(checkpoint("qwen3_moe"), "budget.keep=0.5")
+    compress(recipe, before)
+    assert recipe.calibration is not None
+    settings = {"data": recipe.calibration.data, "samples": 4, "sequence_length": 16, "learning_rate": 0.02, **way}
+    finetune(before, {"molae": 1, "finetune": settings}, tuned)
+    assert distance(logits(in_torch(tuned)), logits(in_torch(before))) > 1e-2
+    found = export_onnx(tuned, tmp_path / "onnx", experts="standard")
+    assert max(found.checks.values()) < 1e-5
 
 
 def test_the_check_sees_padding_that_is_ignored(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 from transformers import TrainerCallback
 
 import molae_compress as molae
+from molae_compress.checkpoint import WorkDirectory
 from molae_compress.errors import CheckpointError, DataError, MolaeError, RecipeError, ResumeError
 from molae_compress.report import Report
 from molae_compress.tuning import trainer as training
+from molae_compress.tuning import ways
 from tests.runs import TEXT, distance, edit_json, hashes, loaded, logits, recipe_for, same_every_time, tensors_in
 
 LENGTH = 16
@@ -185,9 +187,81 @@ def test_the_same_again_is_not_trained_twice(artifact: Artifacts, text: Path, tm
     assert [list(entry["trained"]) for entry in report.finetuned] == [["router"], ["latent"]]
 
 
+def test_a_single_step_is_not_lost_to_warming_up(artifact: Artifacts, text: Path, tmp_path: Path) -> None:
+    settings = asked(text, latent="all", samples=4, epochs=1)
+    entry = molae.finetune(artifact("qwen3_moe", "layer"), settings, tmp_path / "out").finetuned[-1]
+    assert entry["steps"] == 1
+    assert entry["loss_after"] != entry["loss_before"]
+
+
+def test_the_nearer_the_original_the_smaller_the_steps(
+    artifact: Artifacts, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+            seen.append(max(group["initial_lr"] for group in optimizer.param_groups))
+
+    def rate(name: str, **changes: Any) -> float:
+        seen.clear()
+        settings = asked(text, adapters=2, learning_rate="auto", epochs=1, trainer={"max_steps": 1}, **changes)
+        molae.finetune(artifact("qwen3_moe", "layer"), settings, tmp_path / name, callbacks=[Rates()])
+        return seen[0]
+
+    loss = molae.finetune(artifact("qwen3_moe", "layer"), asked(text, adapters=2), tmp_path / "first").finetuned[-1]
+    far = loss["loss_before"]
+    monkeypatch.setattr("molae_compress.tuning.training._FAR", far / 2)
+    assert rate("far") == ways.ADAPTER_RATE
+    monkeypatch.setattr("molae_compress.tuning.training._FAR", 4 * far)
+    assert rate("near") == pytest.approx(ways.ADAPTER_RATE / 2)
+    assert rate("weighted", kl_weight=3.0) == pytest.approx(ways.ADAPTER_RATE / 2)
+    assert rate("text", language_weight=0.1) == ways.ADAPTER_RATE
+
+
+def test_a_training_that_does_harm_says_so(artifact: Artifacts, text: Path, tmp_path: Path) -> None:
+    folder = artifact("qwen3_moe", "layer")
+    report = molae.finetune(folder, asked(text, latent="all", learning_rate=0.3), tmp_path / "out")
+    assert "the model was better before" in report.warnings[-1]
+    assert "the model was better before" in (tmp_path / "out" / "README.md").read_text()
+    report = molae.finetune(folder, asked(text, latent="all", learning_rate=1e-4), tmp_path / "other")
+    assert not any("better before" in warning for warning in report.warnings)
+
+
+def test_what_a_kill_after_publication_leaves_is_removed_by_whatever_comes_next(
+    artifact: Artifacts, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, work = artifact("qwen3_moe", "layer"), tmp_path / "out.finetune"
+
+    def killed(self: WorkDirectory) -> None:
+        raise KeyboardInterrupt
+
+    def finetune_killed(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkDirectory, "remove", killed)
+            with pytest.raises(KeyboardInterrupt):
+                molae.finetune(*args)
+        assert work.exists()
+
+    finetune_killed(folder, asked(text, router=True), tmp_path / "out")
+    written = hashes(tmp_path / "out")
+    molae.finetune(folder, asked(text, router=True), tmp_path / "out")
+    assert not work.exists()
+    assert hashes(tmp_path / "out") == written
+    finetune_killed(tmp_path / "out", asked(text, latent="all"))
+    report = molae.finetune(tmp_path / "out", asked(text, adapters=2))
+    assert [list(entry["trained"]) for entry in report.finetuned] == [["router"], ["latent"], ["adapters"]]
+    assert not work.exists()
+    with pytest.raises(KeyboardInterrupt):  # this one has written nothing, and is not to be lost
+        molae.finetune(tmp_path / "out", asked(text, latent="all", checkpoint_steps=1), callbacks=[Stops(2)])
+    with pytest.raises(ResumeError, match=r"finetune\.latent"):
+        molae.finetune(tmp_path / "out", asked(text, router=True))
+    assert (work / training.STAGE).exists()
+
+
 def test_a_recipe_compresses_and_then_trains(checkpoint: Callable[..., Path], tmp_path: Path, text: Path) -> None:
     model = checkpoint("qwen3_moe")
-    tuning = asked(text, latent="all", language_weight=0.5, checkpoint_steps=1)["finetune"]
+    tuning = asked(text, latent="all", language_weight=0.05, learning_rate=5e-4, checkpoint_steps=1)["finetune"]
     evaluated = {"data": str(text), "samples": 4, "sequence_length": 24}
     content = recipe_for(model, "budget.keep=0.5").model_dump() | {"evaluate": evaluated}
     plain = molae.run(content, tmp_path / "plain")
@@ -204,7 +278,10 @@ def test_a_recipe_compresses_and_then_trains(checkpoint: Callable[..., Path], tm
     assert report.evaluation is not None
     assert plain.evaluation is not None
     assert report.evaluation["kl"] < plain.evaluation["kl"]
+    with WorkDirectory.open(tmp_path / "out.finetune", stage_inputs={training.STAGE: {}}) as work:
+        work.commit(training.STAGE, "written", {}, {"files": report.files})  # as a kill after its publication leaves it
     assert molae.run(recipe, tmp_path / "out").finetuned == report.finetuned
+    assert not (tmp_path / "out.finetune").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_can_be_written(
@@ -257,7 +334,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(artifact: Artifacts
 def test_a_full_disk_costs_no_more_than_the_steps_since_the_last_checkpoint(
     artifact: Artifacts, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, settings = artifact("qwen3_moe", "layer"), asked(text, latent="all", checkpoint_steps=1)
+    before, settings = artifact("qwen3_moe", "layer"), asked(text, latent="all", checkpoint_steps=1, epochs=1)
     save = training.save_file
 
     def full(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -205,6 +206,18 @@ def test_bf16_runs_on_every_backend_and_keeps_its_type(shape: AnyShape) -> None:
         assert (y_TH.double() - expected).norm() < 0.03 * expected.norm()
 
 
+def test_gradients_are_those_of_the_dense_experts_they_stand_for(shape: AnyShape) -> None:
+    latent, (x_TH, index_TK, weight_TK) = some_latent("gpt_oss", shape), some_routing()
+    inputs = (x_TH.requires_grad_(), weight_TK.requires_grad_())
+    y_TH = dense_reference(to_dense(latent), x_TH, index_TK, weight_TK)
+    expected = torch.autograd.grad(y_TH.square().sum(), inputs)
+    for backend in BACKENDS:
+        latent.config._experts_implementation = backend
+        found = torch.autograd.grad(latent(x_TH, index_TK, weight_TK).square().sum(), inputs)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["layer", "interpolative", "one group a side", "separate", "banks"])
 def test_the_moe_block_compiles_to_one_graph(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attach_all_(tiny_model("gpt_oss"), SHAPES[name]).save_pretrained(tmp_path)
@@ -256,6 +269,16 @@ def test_derived_columns_follow_the_pivots_wherever_they_change() -> None:
 
 
 # ---------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the list of mapped files")
+def test_a_model_of_another_type_than_its_file_lets_go_of_it(tmp_path: Path) -> None:
+    attach_all_(tiny_model("qwen3_moe"), SHAPES["banks"]).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    model = model.to(torch.bfloat16)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_round_trip_is_exact(family: str, shape: AnyShape, tmp_path: Path) -> None:

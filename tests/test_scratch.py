@@ -244,7 +244,8 @@ def test_the_command_writes_what_the_recipe_says(tmp_path: Path, checkpoint: Any
     assert 0 <= size - molae.Report.load(out).artifact["bytes"] < 20_000
     again = CliRunner().invoke(main, ["init", str(recipe), "--output", str(out)])
     assert again.exit_code == 1
-    assert CliRunner().invoke(main, ["init", str(recipe), "--output", str(out), "--fresh"]).exit_code == 0
+    assert "--fresh" in again.output
+    assert CliRunner().invoke(main, ["init", str(recipe), "--output", str(out), "--fresh", "--quiet"]).exit_code == 0
     for command in (["apply", str(recipe), "--output", str(tmp_path / "x")], ["plan", str(recipe), "--measured"]):
         refused = CliRunner().invoke(main, command)
         assert refused.exit_code == 1
@@ -282,6 +283,8 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ResumeError):
         init({"molae": 1, "init": {"model_type": "mixtral"}}, tmp_path, fresh=True)
+    with pytest.raises(RecipeError, match="no `init` section"):
+        init({"molae": 1, "model": "nowhere/at-all"}, tmp_path / "new")
 
 
 @pytest.mark.parametrize("form", ["layer", "grouped", "paper"])

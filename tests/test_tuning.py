@@ -18,6 +18,7 @@ from molae_compress.checkpoint import WorkDirectory
 from molae_compress.errors import CheckpointError, DataError, ModelError, RecipeError
 from molae_compress.modeling import latent
 from molae_compress.recipe import Recipe
+from molae_compress.recipe.sections import Finetune
 from molae_compress.source import DiskSource
 from molae_compress.tuning import LatentTuningConfig, load_adapter
 from molae_compress.tuning.examples import IGNORED, Examples, chat_examples, collated, text_examples
@@ -25,6 +26,7 @@ from molae_compress.tuning.inputs import loaded as whole
 from molae_compress.tuning.objective import full_divergence, top_divergence
 from molae_compress.tuning.targets import linear_targets, router_targets
 from molae_compress.tuning.teacher import STAGE, Cached, Resident, keep_predictions
+from molae_compress.tuning.ways import attach, choose, merge
 from tests.runs import distance, loaded, logits
 from tests.tiny import VOCABULARY, tiny_ids, tiny_model, tiny_tokenizer
 
@@ -117,6 +119,22 @@ def test_a_name_that_is_nothing_and_a_tensor_that_is_adapted_already_are_refused
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["encode"])).get_base_model()
     with pytest.raises(ModelError, match="has an adapter"):
         get_peft_model(adapted, LatentTuningConfig(train=["encode"]))
+
+
+def test_a_step_of_adapters_moves_tensors_as_far_at_any_rank(folders: Callable[[str, str], Path]) -> None:
+    moved = []
+    for rank in (2, 8, 32):
+        model = loaded(folders("qwen3_moe", "banks"))
+        targets = choose(model, Finetune(adapters=rank))
+        before = {path: model.get_parameter(path).detach().clone() for path in targets.changed}
+        torch.manual_seed(0)
+        tuned = attach(model, targets, rank)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:  # what begins as zeros: the first step of Adam is as large in every number
+                parameter.data = 0.01 * torch.randn_like(parameter).sign()
+        merged = merge(tuned)
+        moved.append(sum(float((merged.get_parameter(path) - old).square().sum()) for path, old in before.items()))
+    assert max(moved) < 1.3 * min(moved)
 
 
 def test_adapters_of_the_dense_model_are_told_apart(folders: Callable[[str, str], Path], tmp_path: Path) -> None:

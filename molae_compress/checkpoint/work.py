@@ -78,6 +78,18 @@ class WorkDirectory:
                 raise
         return work
 
+    @classmethod
+    def left_at(cls, path: Path) -> WorkDirectory | None:
+        """What a run has left there, as it is; None if there is none. Raises as `open`."""
+        if not (path / _MANIFEST).exists():
+            return None
+        return cls.open(path, stage_inputs=_read_manifest(path / _MANIFEST))
+
+    @property
+    def stages(self) -> set[str]:
+        """Names of the stages."""
+        return set(self._inputs)
+
     def done(self, stage: str) -> set[str]:
         """The items of a stage that are finished and whole."""
         assert stage in self._inputs

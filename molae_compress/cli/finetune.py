@@ -29,8 +29,20 @@ from molae_compress.errors import QualityGateError
     type=click.Path(path_type=Path),
     help="Folder to write. If not given, the result takes the place of DIR once it is complete.",
 )
-@command.device_option
-@command.memory_option
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to train. auto: a GPU if there is one.",
+)
+@click.option(
+    "--max-memory",
+    type=command.Size(),
+    metavar="SIZE",
+    help="Activations to keep in memory while the original's predictions are made, e.g. 16GB. Half of what is free if "
+    "not given.",
+)
 @click.option(
     "--work-dir",
     metavar="DIR",

@@ -120,8 +120,11 @@ def apply(
 @click.option("--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--fresh", is_flag=True, help="Replace an earlier result.")
 @command.trust_option
+@command.quiet_option
 @command.json_option
-def init(recipe: str, overrides: tuple[str, ...], model: str | None, output: Path, as_json: bool, **where: Any) -> None:
+def init(
+    recipe: str, overrides: tuple[str, ...], model: str | None, output: Path, quiet: bool, as_json: bool, **where: Any
+) -> None:
     """Write the model of RECIPE with random latent experts, to be trained from scratch. RECIPE has a section `init`.
 
     `plan` shows beforehand what it will be. The folder loads, trains, exports and expands like a compressed model.
@@ -129,7 +132,7 @@ def init(recipe: str, overrides: tuple[str, ...], model: str | None, output: Pat
     import molae_compress as molae
     from molae_compress.scratch import init as write
 
-    command.calm_libraries(quiet=True)
+    command.calm_libraries(quiet=quiet)
     asked = molae.Recipe.load(recipe, command.overrides_with_model(overrides, model))
     report = write(asked, output, **where)
     if as_json:

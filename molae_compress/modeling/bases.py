@@ -7,6 +7,8 @@ Shape suffixes: see `molae_compress.tensors`; N rows (tokens or routed slots), C
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,19 +64,18 @@ class Basis(nn.Module):
         """
         if self.pivots is None:
             return self._product(x_NW, route)
-        pivots_NR = self._columns_of_rows(self.pivots.view(self.groups, self.rank).long(), x_NW, route)
-        if self.rank == self.hidden:  # no columns besides the identity
-            return x_NW.new_empty(x_NW.shape).scatter(1, pivots_NR, x_NW) if self.decode else x_NW.gather(1, pivots_NR)
-        rest_NC = self._columns_of_rows(self._rest_GC(), x_NW, route)
-        if not self.decode:
-            return x_NW.gather(1, pivots_NR) + self._product(x_NW.gather(1, rest_NC), route)
-        other_NC = self._product(x_NW, route)
-        y_NH = other_NC.new_empty(x_NW.shape[0], self.hidden)
-        return y_NH.scatter_(1, pivots_NR, x_NW.to(y_NH.dtype)).scatter_(1, rest_NC, other_NC)
+        columns = (self.pivots.view(self.groups, self.rank), self._rest_GC(), self._group_of_rows(route))
+        if self.decode:
+            other_NC = self._product(x_NW, route) if self.rank < self.hidden else x_NW[:, :0]
+            return _joined(x_NW.to(other_NC.dtype), other_NC, *columns)
+        x_NR, x_NC = _split(x_NW, *columns)
+        return x_NR + self._product(x_NC, route) if self.rank < self.hidden else x_NR
 
     def prepare(self) -> None:
         """Derives what follows from the pivots ahead of the first call, so that a compiled graph finds it."""
         if self.pivots is not None and not self.pivots.is_meta:
+            # off the file that they may be mapped from: in another type, nothing else would keep it in memory
+            self.pivots = self.pivots.clone()
             self._rest_GC()
 
     def extra_repr(self) -> str:
@@ -90,15 +91,15 @@ class Basis(nn.Module):
         assert route is not None
         return routed_linear(x_NW, weight_GRW, route, self.experts_per_group, transposed=self.decode)
 
-    def _columns_of_rows(self, columns_GC: Tensor, x_NW: Tensor, route: Route | None) -> Tensor:
-        """[N,C]: the column indices of each row's group."""
+    def _group_of_rows(self, route: Route | None) -> Tensor | None:
+        """[N]: which basis each row has; None where all have the same."""
         if self.groups == 1:
-            return columns_GC.expand(x_NW.shape[0], -1)
+            return None
         assert route is not None
-        return columns_GC[route.expert_S // self.experts_per_group]
+        return route.expert_S if self.experts_per_group == 1 else route.expert_S // self.experts_per_group
 
     def _rest_GC(self) -> Tensor:
-        """[G,H-R] int64: the columns that are no pivots, ascending.
+        """[G,H-R] int32: the columns that are no pivots, ascending.
 
         Kept as long as the pivots are the very same tensor: it is not a buffer, because loading, offloading and moving
         a model would have to bring it up to date in as many places.
@@ -112,7 +113,7 @@ class Basis(nn.Module):
             kept = (self.pivots, version, self._derive_rest())
             if not compiling:
                 self._derived = kept
-        return kept[2].long()
+        return kept[2]
 
     @torch.no_grad()
     def _derive_rest(self) -> Tensor:
@@ -123,6 +124,68 @@ class Basis(nn.Module):
         # A stable sort puts the other columns first and leaves them in order.
         rest_GC = torch.argsort(is_pivot_GH, dim=1, stable=True)[:, : self.hidden - self.rank]
         return rest_GC.to(PIVOT_DTYPE)
+
+
+def _split(x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N,R] and [N,C]: of each row the columns that are pivots of its group, and the others."""
+    if torch.is_grad_enabled() and x_NH.requires_grad:
+        parts: tuple[Tensor, Tensor] = _Split.apply(x_NH, pivots_GR, rest_GC, group_N)  # type: ignore[no-untyped-call]
+        return parts
+    return _Split.forward(x_NH, pivots_GR, rest_GC, group_N)
+
+
+def _joined(x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> Tensor:
+    """[N,H]: the opposite of `_split`."""
+    if torch.is_grad_enabled() and (x_NR.requires_grad or x_NC.requires_grad):
+        y_NH: Tensor = _Join.apply(x_NR, x_NC, pivots_GR, rest_GC, group_N)  # type: ignore[no-untyped-call]
+        return y_NH
+    return _Join.forward(x_NR, x_NC, pivots_GR, rest_GC, group_N)
+
+
+def _columns_of_rows(columns_GC: Tensor, group_N: Tensor | None, rows: int) -> Tensor:
+    """[N,C] int64: the column indices of each row's group."""
+    return columns_GC.long().expand(rows, -1) if group_N is None else columns_GC[group_N].long()
+
+
+class _Split(torch.autograd.Function):
+    """`_split`; each of the two is the gradient of the other.
+
+    Operations of torch would keep the column indices of every row for the backward pass, 64 bits each: more memory than
+    the rows. Kept are the indices of the groups, which are stored anyway, and the group of every row.
+    """
+
+    @staticmethod
+    def forward(x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = x_NH.shape[0]
+        x_NR = x_NH.gather(1, _columns_of_rows(pivots_GR, group_N, rows))
+        return x_NR, x_NH.gather(1, _columns_of_rows(rest_GC, group_N, rows))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _joined(*gradients, *ctx.saved_tensors), None, None, None
+
+
+class _Join(torch.autograd.Function):
+    """`_joined`; see `_Split`."""
+
+    @staticmethod
+    def forward(x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> Tensor:
+        rows = x_NR.shape[0]
+        y_NH = x_NC.new_empty(rows, x_NR.shape[1] + x_NC.shape[1])
+        y_NH.scatter_(1, _columns_of_rows(pivots_GR, group_N, rows), x_NR)
+        return y_NH.scatter_(1, _columns_of_rows(rest_GC, group_N, rows), x_NC)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *_split(gradients[0], *ctx.saved_tensors), None, None, None
 
 
 def basis_matrix(weight: Tensor, pivots: Tensor | None, *, groups: int, hidden: int) -> Tensor:

@@ -7,7 +7,7 @@ since groups are contiguous, one sort of the slots by expert serves every group 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ class Route(NamedTuple):
         elif self.back_S is not None:
             y_SN = y_SN[self.back_S]
         return y_SN.view(-1, top_k, y_SN.shape[-1])
+
+    def slot_of_rows(self, slots: int) -> Tensor:
+        """[S]: slot `(token, k)` of each row, counted through all tokens."""
+        if self.slot_S is not None:
+            return self.slot_S[0]
+        in_order_S = torch.arange(slots, device=self.token_S.device)
+        return in_order_S if self.back_S is None else torch.empty_like(in_order_S).scatter(0, self.back_S, in_order_S)
 
 
 def make_route(index_TK: Tensor, num_experts: int, implementation: str | None, *, strangers: bool = False) -> Route:
@@ -133,5 +140,31 @@ def _looped_linear(x_SN: Tensor, weight_GNM: Tensor, ends_G: Tensor) -> Tensor:
 
 def routed_sum(y_SN: Tensor, weight_TK: Tensor, route: Route) -> Tensor:
     """[T,N]: rows of a token's experts, weighted by its routing and summed."""
-    y_TKN = route.restore(y_SN, weight_TK.shape[1])
-    return (y_TKN * weight_TK[..., None]).sum(dim=1).to(y_SN.dtype)
+    if torch.is_grad_enabled() and (y_SN.requires_grad or weight_TK.requires_grad):
+        y_TN: Tensor = _RoutedSum.apply(y_SN, weight_TK, route)  # type: ignore[no-untyped-call]
+        return y_TN
+    return _RoutedSum.forward(y_SN, weight_TK, route)
+
+
+class _RoutedSum(torch.autograd.Function):
+    """`routed_sum`. Kept for the backward pass are the rows as they are, not as many as there are slots of any expert."""
+
+    @staticmethod
+    def forward(y_SN: Tensor, weight_TK: Tensor, route: Route) -> Tensor:
+        y_TKN = route.restore(y_SN, weight_TK.shape[1])
+        return (y_TKN * weight_TK[..., None]).sum(dim=1).to(y_SN.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y_SN, weight_TK, ctx.route = inputs
+        ctx.save_for_backward(y_SN, weight_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        y_SN, weight_TK = ctx.saved_tensors
+        slot_S = ctx.route.slot_of_rows(weight_TK.numel())
+        grad_SN = gradients[0].to(torch.promote_types(y_SN.dtype, weight_TK.dtype))[ctx.route.token_S]
+        of_slots_S = (grad_SN * y_SN).sum(-1).to(weight_TK.dtype)
+        of_weights_S = weight_TK.new_zeros(weight_TK.numel()).index_copy(0, slot_S, of_slots_S)
+        of_rows_SN = grad_SN * weight_TK.flatten()[slot_S, None]
+        return of_rows_SN.to(y_SN.dtype), of_weights_S.view_as(weight_TK), None

@@ -297,10 +297,13 @@ class Finetune(Section):
     learning_rate: Literal["auto"] | Positive = Field(
         default="auto",
         description="Of Adam, at its height: a warm-up over a tenth of the steps leads to it, a cosine down to nothing. "
-        "`auto` suits each of the ways, and the size of each tensor.",
+        "`auto` suits each of the ways, the size of each tensor, and how near the model is to the original.",
     )
-    epochs: Count = Field(default=1, description="How many times every window is read.")
-    batch_size: Count = Field(default=8, description="Windows per step, on each device.")
+    epochs: Count = Field(default=2, description="How many times every window is read.")
+    batch_size: Count = Field(
+        default=4,
+        description="Windows per step, on each device. Few tokens do more in many small steps than in few large ones.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="What is computed in; what is trained is float32 in any case. `auto`: bfloat16 on a GPU, else float32.",

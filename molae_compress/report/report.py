@@ -188,7 +188,9 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"'{folder}' has no {FILE_NAME}.", remedy="Give a folder that `molae-compress apply` wrote."
+                f"'{folder}' has no {FILE_NAME}." if Path(folder).is_dir() else f"There is no folder '{folder}'.",
+                remedy="Give a folder that `molae-compress apply`, `finetune` or `init` wrote, or one in which "
+                "`Report.save` was called.",
             ) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(f"'{path}' cannot be read ({error}).", remedy="Restore the file.") from error

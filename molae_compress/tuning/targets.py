@@ -53,7 +53,7 @@ def latent_modules(model: nn.Module) -> dict[str, LatentExperts]:
         raise ModelError(
             f"{type(model).__name__} holds no latent experts.",
             why="Fine-tuning trains what a compression has made.",
-            remedy="Give a folder that `molae-compress apply` wrote, and import molae_compress before it is loaded.",
+            remedy="Give a folder that `molae-compress apply` or `init` wrote; import molae_compress before it is loaded.",
         )
     return found
 

@@ -193,6 +193,14 @@ class FinetuneTrainer(Trainer):
             self.optimizer = cls(listed, **options)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers does, but without a warm-up of a single step, which begins at a rate of zero and ends there."""
+        if self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One step forward and back; raises `Diverged` where the loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)

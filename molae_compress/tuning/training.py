@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from molae_compress.tuning.teacher import Cached, Resident, Teacher
 from molae_compress.tuning.trainer import TRAINED, FinetuneTrainer, Told, last_checkpoint, load_trained
 from molae_compress.tuning.ways import Chosen, attach, merge, rates
 
+_FAR = 0.05  # divergence from the original, nats per token, from which on the rates of `auto` count in full
 _FINAL = "final"  # what was trained, among the checkpoints
 
 
@@ -76,6 +78,8 @@ class Training:
             callbacks=[Told(self.progress), *callbacks],
         )
         before = trainer.evaluate()["eval_loss"] if len(aside) else None
+        if asked == "auto":
+            trainer.rates = {name: rate * self._share_of_rates(before) for name, rate in trainer.rates.items()}
         last = last_checkpoint(trainer.folder)
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
         after = trainer.evaluate()["eval_loss"] if len(aside) else None
@@ -87,6 +91,18 @@ class Training:
             "loss_before": before,
             "loss_after": after,
         }
+
+    def _share_of_rates(self, before: float | None) -> float:
+        """Of the rates of `auto`: the nearer a model is to the original, the smaller are the steps that bring it nearer.
+
+        The divergence grows with the square of the distance. As large steps at a tenth of the distance lead away.
+
+        Args:
+            before: loss on the examples set aside.
+        """
+        if before is None or self.settings.language_weight:
+            return 1.0
+        return min(1.0, math.sqrt(max(0.0, before) / self.settings.kl_weight / _FAR))
 
     def of_last(self, checkpoints: Path) -> dict[str, Any]:
         """Takes the last checkpoint for the end; figures for the report.

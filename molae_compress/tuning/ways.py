@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from molae_compress.tuning.method import LatentTuningConfig, TrainedLayer
 from molae_compress.tuning.targets import ALL, Target, chosen, latent_modules, latent_targets, linear_targets, router_targets
 
 _ADAPTERS = "adapters"  # name of the second adapter, where there are two
+_ALPHA = 8  # by which adapters count
 # Steps of Adam at the height of the schedule: of adapters as they are, of tensors relative to their root mean square.
-ADAPTER_RATE, LATENT_RATE, ROUTER_RATE = 5e-4, 1e-3, 1e-3
+ADAPTER_RATE, LATENT_RATE, ROUTER_RATE = 1e-3, 1e-3, 2e-3
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def attach(model: PreTrainedModel, targets: Chosen, rank: int | None, *, trainab
         configs.append(
             LoraConfig(
                 r=rank,
-                lora_alpha=2 * rank,
+                # divided by the root of the rank: a step moves the tensor about as far at any rank
+                lora_alpha=_ALPHA,
+                use_rslora=True,
                 target_modules=[target.module for target in linear],
                 target_parameters=[target.path for target in others] or None,
             )
@@ -90,10 +94,13 @@ def attach(model: PreTrainedModel, targets: Chosen, rank: int | None, *, trainab
         names = sorted({target.short for target in (*targets.router, *targets.latent)})
         configs.append(LatentTuningConfig(train=names))
     first, *more = configs
-    tuned = get_peft_model(model, first)
-    for config in more:
-        inject_adapter_in_model(config, tuned.get_base_model(), adapter_name=_ADAPTERS)
-        cast_adapter_dtype(tuned, _ADAPTERS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # between PEFT and transformers
+        tuned = get_peft_model(model, first)
+        for config in more:
+            inject_adapter_in_model(config, tuned.get_base_model(), adapter_name=_ADAPTERS)
+            cast_adapter_dtype(tuned, _ADAPTERS)
     for module in tuned.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(sorted(module._get_available_adapters()), inference_mode=not trainable)
