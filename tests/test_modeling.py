@@ -21,10 +21,19 @@ from transformers.utils import logging as transformers_logging
 from molae_compress.adapters import find_experts
 from molae_compress.errors import ModelError
 from molae_compress.layouts import dense_experts
-from molae_compress.modeling import LatentExperts, MolaeConfig, attach_, expand_, to_dense
+from molae_compress.modeling import LatentExperts, MolaeConfig, attach_, bases, expand_, to_dense
 from molae_compress.modeling.bases import Basis
 from molae_compress.modeling.quantizer import register
-from molae_compress.tensors import AnyShape, BankedShape, DenseExperts, ExpertsSpec, LatentShape, shape_from_dict
+from molae_compress.modeling.routed import make_route
+from molae_compress.tensors import (
+    PIVOT_DTYPE,
+    AnyShape,
+    BankedShape,
+    DenseExperts,
+    ExpertsSpec,
+    LatentShape,
+    shape_from_dict,
+)
 from tests.tiny import EXPERTS, FAMILIES, HIDDEN, TOP_K, tiny_ids, tiny_model
 
 transformers_logging.disable_progress_bar()
@@ -516,3 +525,37 @@ def test_the_stock_module_leaves_nothing_large_behind() -> None:
     names = {name for name, module in latent.named_modules() if not isinstance(module, LatentExperts)}
     assert names == {"encode", "core", "decode"}
     assert not any(isinstance(module, nn.Linear) for module in latent.modules())
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("experts_per_group", [1, 2])
+def test_many_rows_take_their_columns_group_by_group(
+    decode: bool, experts_per_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers and gradients as by an index for every row; the last expert gets no token."""
+    experts, rank, hidden = 6, 5, 12
+    groups = experts // experts_per_group
+    basis = Basis(
+        groups,
+        experts_per_group,
+        rank,
+        hidden,
+        "interpolative",
+        decode=decode,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
+    torch.nn.init.normal_(basis.weight)
+    columns = [torch.randperm(hidden)[:rank].sort().values for _ in range(groups)]
+    basis.pivots = torch.cat(columns).to(PIVOT_DTYPE)
+    route = make_route(torch.randint(experts - 1, (100, 2)), experts, "grouped_mm")
+    x_SW = torch.randn(200, rank if decode else hidden, dtype=torch.float64, requires_grad=True)
+
+    def answer(rows: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(bases, "_ROWS", rows)
+        assert (basis._groups_of(x_SW, route)[1] is not None) == (rows == 1)
+        y_SW = basis(x_SW, route)
+        return y_SW, *torch.autograd.grad(y_SW.square().sum(), (x_SW, basis.weight))
+
+    for looped, indexed in zip(answer(1), answer(1000), strict=True):
+        torch.testing.assert_close(looped, indexed, rtol=0, atol=0)

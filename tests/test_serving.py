@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +22,16 @@ from molae_compress import serving
 from molae_compress.adapters import find_experts
 from molae_compress.checkpoint import Checkpoint
 from molae_compress.errors import CheckpointError, ModelError
+from molae_compress.layouts import layout_of
 from molae_compress.modeling import LatentExperts, MolaeConfig, attach_
-from molae_compress.serving.artifact import Module, ServedArtifact, empty_share
+from molae_compress.serving.artifact import Module, ServedArtifact, empty_share, kernel_computes
 from molae_compress.serving.share import Share, cut_layer_form, runs_of
 from molae_compress.serving.stored import LATENT_NAME, find_tensors, module_of
 from molae_compress.tensors import AnyShape, LatentShape
 from tests.test_modeling import SHAPES, random_latent, some_routing
 from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, tiny_model
 
+Stored = Callable[[str, AnyShape], tuple[Path, LatentExperts]]
 GROUPED = {name: shape for name, shape in SHAPES.items() if name != "layer"}
 SPLITS = [(1, 1), (1, 2), (3, 1), (2, 2)]  # processes over experts, over channels
 
@@ -32,6 +40,12 @@ SPLITS = [(1, 1), (1, 2), (3, 1), (2, 2)]  # processes over experts, over channe
 def family(request: pytest.FixtureRequest) -> str:
     """Plain experts; transposed, interleaved and biased ones; and one whose layers another program names in its own way."""
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """`saved`, written once: a folder to read, never to write into."""
+    return cache(lambda family, shape: saved(tmp_path_factory.mktemp(family), family, shape))
 
 
 def saved(folder: Path, family: str, shape: AnyShape) -> tuple[Path, LatentExperts]:
@@ -67,8 +81,8 @@ def shares(experts: int, channels: int) -> list[Share]:
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("shape", GROUPED.values(), ids=GROUPED.keys())
-def test_shares_in_grouped_form_add_up(family: str, shape: AnyShape, split: tuple[int, int], tmp_path: Path) -> None:
-    folder, whole = saved(tmp_path, family, shape)
+def test_shares_in_grouped_form_add_up(family: str, shape: AnyShape, split: tuple[int, int], stored: Stored) -> None:
+    folder, whole = stored(family, shape)
     x_TH, index_TK, weight_TK = some_routing()
     with torch.no_grad():
         want_TH = whole.routed(x_TH, index_TK, weight_TK)
@@ -107,13 +121,13 @@ def test_shares_in_layer_form_hold_every_number_of_the_cores_once(
             assert torch.equal(torch.cat([part.flatten() for part in found]).sort().values, tensor.flatten().sort().values)
 
 
-def test_a_share_of_channels_keeps_the_order_of_the_models_rows(tmp_path: Path) -> None:
+def test_a_share_of_channels_keeps_the_order_of_the_models_rows(stored: Stored) -> None:
     """gpt_oss alternates gate and up rows, the others store one after the other: a share does as its model."""
     for family, rows in (
         ("gpt_oss", [*range(INTERMEDIATE, 2 * INTERMEDIATE)]),
         ("qwen3_moe", [*range(12, 24), *range(36, 48)]),
     ):
-        folder, whole = saved(tmp_path / family, family, SHAPES["interpolative"])
+        folder, whole = stored(family, SHAPES["interpolative"])
         artifact = opened(folder)
         module = claimed(artifact)
         share = Share(tuple(range(EXPERTS)), range(INTERMEDIATE // 2, INTERMEDIATE))
@@ -156,8 +170,8 @@ def test_damaged_weights_are_refused(change: str, words: str, tmp_path: Path) ->
         artifact.read(module, cuts)
 
 
-def test_one_module_is_served_once(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path, "qwen3_moe", SHAPES["interpolative"])
+def test_one_module_is_served_once(stored: Stored) -> None:
+    folder, _ = stored("qwen3_moe", SHAPES["interpolative"])
     artifact = opened(folder)
     assert artifact.claim("model.layers.0.mlp.experts") is None
     module = claimed(opened(folder))
@@ -179,15 +193,37 @@ def test_modules_are_told_by_the_number_of_their_layer() -> None:
         module_of("model.layers.1.mlp.experts", two)
 
 
-def test_every_latent_name_is_taken_out_of_the_stream_and_no_other(family: str, tmp_path: Path) -> None:
-    import re
-
-    for name, shape in SHAPES.items():
-        folder, whole = saved(tmp_path / name.replace(" ", "_"), family, shape)
+def test_every_latent_name_is_taken_out_of_the_stream_and_no_other(family: str, stored: Stored) -> None:
+    for shape in SHAPES.values():
+        folder, whole = stored(family, shape)
         entries = Checkpoint.open(folder).entries
         latent = set(find_tensors(Checkpoint.open(folder), whole.spec.name, whole.spec, shape).values())
         assert {key for key in entries if re.search(LATENT_NAME, key)} == latent
         assert len(latent) == len(whole.latent_tensors())
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "changes", "same"),
+    [
+        ("qwen3_moe", "silu", {}, True),
+        ("qwen3_moe", "gelu", {}, False),
+        ("qwen3_moe", "swigluoai", {}, False),
+        ("qwen3_moe", "a new one", {}, False),
+        ("gpt_oss", "swigluoai", {"swiglu_limit": 7.0}, True),
+        ("gpt_oss", "swigluoai", {"swiglu_limit": 1.0}, False),
+        ("gpt_oss", "silu", {"swiglu_limit": 7.0}, False),
+        ("mixtral", "gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"}, True),
+    ],
+)
+def test_whether_a_kernel_computes_what_the_model_does(
+    family: str, kernel: str, changes: dict[str, Any], same: bool
+) -> None:
+    model = tiny_model(family, **changes)
+    spec = find_experts(model)[-1]
+    experts = model.get_submodule(spec.name)
+    layout = layout_of(spec.name, experts)
+    assert layout is not None
+    assert kernel_computes(Module(experts, layout, spec, SHAPES["layer"]), kernel) == same
 
 
 def test_runs() -> None:
@@ -201,3 +237,12 @@ def test_versions_of_vllm() -> None:
     assert not serving.supports("0.33.0")
     assert "0.33.0" in serving.refusal("0.33.0")
     assert "expand" in serving.refusal("0.33.0")
+
+
+def test_another_version_of_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    stranger = ModuleType("vllm")
+    stranger.__version__ = "0.40.1"
+    monkeypatch.setitem(sys.modules, "vllm", stranger)
+    serving.register()
+    assert "0.40.1" in caplog.text
+    assert "molae_compress.serving.quantization" not in sys.modules

@@ -17,21 +17,30 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    apply_converters,
-    apply_renamings,
-    dot_natural_key,
-    rename_source_key,
-)
 
-from molae_compress.errors import CheckpointError
+from molae_compress.errors import CheckpointError, ModelError
+
+try:
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        WeightTransform,
+        apply_converters,
+        apply_renamings,
+        dot_natural_key,
+        rename_source_key,
+    )
+except ImportError as error:
+    raise ModelError(
+        f"transformers {transformers.__version__} is too old to compress with.",
+        why="It loads and serves compressed models, but cannot yet name the tensors of a checkpoint.",
+        remedy="Compress in an environment with `transformers>=5.23,<6`.",
+    ) from error
 
 
 @dataclass

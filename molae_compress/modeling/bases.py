@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from molae_compress.modeling.routed import Route, routed_linear
 from molae_compress.tensors import PIVOT_DTYPE, Storage
 
+# Rows of a group on a CPU from which on one call for each group is cheaper than an index for every number of every row.
+_ROWS = 8
+
 
 class Basis(nn.Module):
     """The bases of one side of a latent experts module.
@@ -64,7 +67,7 @@ class Basis(nn.Module):
         """
         if self.pivots is None:
             return self._product(x_NW, route)
-        columns = (self.pivots.view(self.groups, self.rank), self._rest_GC(), self._group_of_rows(route))
+        columns = (self.pivots.view(self.groups, self.rank), self._rest_GC(), *self._groups_of(x_NW, route))
         if self.decode:
             other_NC = self._product(x_NW, route) if self.rank < self.hidden else x_NW[:, :0]
             return _joined(x_NW.to(other_NC.dtype), other_NC, *columns)
@@ -91,12 +94,15 @@ class Basis(nn.Module):
         assert route is not None
         return routed_linear(x_NW, weight_GRW, route, self.experts_per_group, transposed=self.decode)
 
-    def _group_of_rows(self, route: Route | None) -> Tensor | None:
-        """[N]: which basis each row has; None where all have the same."""
+    def _groups_of(self, x_NW: Tensor, route: Route | None) -> tuple[Tensor | None, Tensor | None]:
+        """[N]: which basis each row has, None for the only one; [G]: one past the last row of each where a loop pays."""
         if self.groups == 1:
-            return None
+            return None, None
         assert route is not None
-        return route.expert_S if self.experts_per_group == 1 else route.expert_S // self.experts_per_group
+        size, ends_E = self.experts_per_group, route.ends_E
+        group_N = route.expert_S if size == 1 else route.expert_S // size
+        many = x_NW.device.type == "cpu" and x_NW.shape[0] >= _ROWS * self.groups and not torch.compiler.is_compiling()
+        return group_N, ends_E[size - 1 :: size] if many and ends_E is not None and route.stranger_S1 is None else None
 
     def _rest_GC(self) -> Tensor:
         """[G,H-R] int32: the columns that are no pivots, ascending.
@@ -126,25 +132,52 @@ class Basis(nn.Module):
         return rest_GC.to(PIVOT_DTYPE)
 
 
-def _split(x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> tuple[Tensor, Tensor]:
+def _split(
+    x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """[N,R] and [N,C]: of each row the columns that are pivots of its group, and the others."""
     if torch.is_grad_enabled() and x_NH.requires_grad:
-        parts: tuple[Tensor, Tensor] = _Split.apply(x_NH, pivots_GR, rest_GC, group_N)  # type: ignore[no-untyped-call]
+        parts: tuple[Tensor, Tensor] = _Split.apply(x_NH, pivots_GR, rest_GC, group_N, ends_G)  # type: ignore[no-untyped-call]
         return parts
-    return _Split.forward(x_NH, pivots_GR, rest_GC, group_N)
+    return _Split.forward(x_NH, pivots_GR, rest_GC, group_N, ends_G)
 
 
-def _joined(x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> Tensor:
+def _joined(
+    x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None
+) -> Tensor:
     """[N,H]: the opposite of `_split`."""
     if torch.is_grad_enabled() and (x_NR.requires_grad or x_NC.requires_grad):
-        y_NH: Tensor = _Join.apply(x_NR, x_NC, pivots_GR, rest_GC, group_N)  # type: ignore[no-untyped-call]
+        y_NH: Tensor = _Join.apply(x_NR, x_NC, pivots_GR, rest_GC, group_N, ends_G)  # type: ignore[no-untyped-call]
         return y_NH
-    return _Join.forward(x_NR, x_NC, pivots_GR, rest_GC, group_N)
+    return _Join.forward(x_NR, x_NC, pivots_GR, rest_GC, group_N, ends_G)
 
 
-def _columns_of_rows(columns_GC: Tensor, group_N: Tensor | None, rows: int) -> Tensor:
-    """[N,C] int64: the column indices of each row's group."""
-    return columns_GC.long().expand(rows, -1) if group_N is None else columns_GC[group_N].long()
+def _take(x_NH: Tensor, columns_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None) -> Tensor:
+    """[N,C]: of each row the columns of its group."""
+    if group_N is None:
+        return x_NH.index_select(1, columns_GC[0])
+    if ends_G is None:
+        return x_NH.gather(1, columns_GC[group_N].long())
+    y_NC, start = x_NH.new_empty(x_NH.shape[0], columns_GC.shape[1]), 0
+    for columns_C, end in zip(columns_GC, ends_G.tolist(), strict=True):
+        if start < end:
+            torch.index_select(x_NH[start:end], 1, columns_C, out=y_NC[start:end])
+        start = end
+    return y_NC
+
+
+def _put(y_NH: Tensor, x_NC: Tensor, columns_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None) -> None:
+    """Writes each row into the columns of its group."""
+    if group_N is None:
+        y_NH.index_copy_(1, columns_GC[0].long(), x_NC)
+    elif ends_G is None:
+        y_NH.scatter_(1, columns_GC[group_N].long(), x_NC)
+    else:
+        start = 0
+        for columns_C, end in zip(columns_GC.long(), ends_G.tolist(), strict=True):
+            if start < end:
+                y_NH[start:end].index_copy_(1, columns_C, x_NC[start:end])
+            start = end
 
 
 class _Split(torch.autograd.Function):
@@ -155,10 +188,10 @@ class _Split(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = x_NH.shape[0]
-        x_NR = x_NH.gather(1, _columns_of_rows(pivots_GR, group_N, rows))
-        return x_NR, x_NH.gather(1, _columns_of_rows(rest_GC, group_N, rows))
+    def forward(
+        x_NH: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _take(x_NH, pivots_GR, group_N, ends_G), _take(x_NH, rest_GC, group_N, ends_G)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,18 +199,20 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _joined(*gradients, *ctx.saved_tensors), None, None, None
+        return _joined(*gradients, *ctx.saved_tensors), None, None, None, None
 
 
 class _Join(torch.autograd.Function):
     """`_joined`; see `_Split`."""
 
     @staticmethod
-    def forward(x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None) -> Tensor:
-        rows = x_NR.shape[0]
-        y_NH = x_NC.new_empty(rows, x_NR.shape[1] + x_NC.shape[1])
-        y_NH.scatter_(1, _columns_of_rows(pivots_GR, group_N, rows), x_NR)
-        return y_NH.scatter_(1, _columns_of_rows(rest_GC, group_N, rows), x_NC)
+    def forward(
+        x_NR: Tensor, x_NC: Tensor, pivots_GR: Tensor, rest_GC: Tensor, group_N: Tensor | None, ends_G: Tensor | None
+    ) -> Tensor:
+        y_NH = x_NC.new_empty(x_NR.shape[0], x_NR.shape[1] + x_NC.shape[1])
+        _put(y_NH, x_NR, pivots_GR, group_N, ends_G)
+        _put(y_NH, x_NC, rest_GC, group_N, ends_G)
+        return y_NH
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -185,7 +220,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *_split(gradients[0], *ctx.saved_tensors), None, None, None
+        return *_split(gradients[0], *ctx.saved_tensors), None, None, None, None
 
 
 def basis_matrix(weight: Tensor, pivots: Tensor | None, *, groups: int, hidden: int) -> Tensor:

@@ -77,6 +77,10 @@ class DenseMethod(UnquantizedFusedMoEMethod):
             parameter.data.masked_fill_(unwritten, 0.0)
         super().process_weights_after_loading(layer)
 
+    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Any:
+        """[T,H] from inputs [T,H] and vLLM's routing [T,K]."""
+        return super().apply(layer, x, *_kernel_slots(layer, topk_weights, topk_ids), **shared)
+
 
 class LayerFormMethod(UnquantizedFusedMoEMethod):
     """Experts in layer form."""
@@ -164,23 +168,13 @@ class LayerFormMethod(UnquantizedFusedMoEMethod):
             return rows_J
         return rows_J + (rows_J >= rows // 2) * (padded - rows) // 2
 
-    def apply(
-        self,
-        layer: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared_experts: Any,
-        shared_experts_input: Tensor | None,
-    ) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Tensor:
         """[T,H] from inputs [T,H] and vLLM's routing [T,K]."""
-        own_weights, own_ids = _own_slots(layer, topk_weights, topk_ids)
-        if current_platform.is_cpu():  # its kernel has no notion of experts of other processes
-            topk_weights, topk_ids = own_weights, own_ids.to(topk_ids.dtype)
         z_TW = F.linear(x, layer.encode)
-        y_TW = super().apply(layer, z_TW, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        y_TW = super().apply(layer, z_TW, *_kernel_slots(layer, topk_weights, topk_ids), **shared)
         y_TH = F.linear(y_TW, layer.decode)
         if self._module.spec.has_bias:
+            own_weights, own_ids = _own_slots(layer, topk_weights, topk_ids)
             routing_TE = own_weights.new_zeros(x.shape[0], layer.decode_bias.shape[0]).scatter_add(1, own_ids, own_weights)
             y_TH = y_TH + routing_TE.to(y_TH.dtype) @ layer.decode_bias
         return y_TH
@@ -203,6 +197,14 @@ def _own_slots(layer: Any, weight_TK: Tensor, index_TK: Tensor) -> tuple[Tensor,
         return weight_TK, index_TK
     place_TK = layer._expert_map[index_TK].long()
     return weight_TK.masked_fill(place_TK < 0, 0.0), place_TK.clamp(min=0)
+
+
+def _kernel_slots(layer: Any, weight_TK: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Routing as vLLM's kernel takes it: the one for CPUs has no notion of experts of other processes."""
+    if not current_platform.is_cpu():
+        return weight_TK, index_TK
+    own_TK, place_TK = _own_slots(layer, weight_TK, index_TK)
+    return own_TK, place_TK.to(index_TK.dtype)
 
 
 class GroupedFormMethod(FusedMoEMethodBase):
@@ -235,15 +237,7 @@ class GroupedFormMethod(FusedMoEMethodBase):
         """No kernel of vLLM is made."""
         return None
 
-    def apply(
-        self,
-        layer: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared_experts: Any,
-        shared_experts_input: Tensor | None,
-    ) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Tensor:
         """[T,H] from inputs [T,H] and vLLM's routing [T,K]."""
         if layer.apply_router_weight_on_input:  # with one expert a token
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)

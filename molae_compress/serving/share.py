@@ -111,7 +111,7 @@ def _cut_bank(bank: Bank, places: Sequence[int], share: Share) -> tuple[LatentSh
         elif stem.endswith("encode"):
             blocks, stored = input_groups, experts // bank.shape.input_group
         height = size[0] // stored
-        rows = runs_of(block * height + row for block in blocks for row in range(height))
+        rows = tuple(range(run.start * height, run.stop * height) for run in runs_of(blocks))
         cuts[name] = Cut(f"{bank.prefix}{name}", (rows, *(columns.get(name, (range(width),)) for width in size[1:])))
     return replace(bank.shape, input_group=input_group, output_group=output_group), cuts
 

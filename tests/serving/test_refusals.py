@@ -59,6 +59,14 @@ def test_a_compressed_layer_that_the_model_does_not_have(made: Path, tmp_path: P
         pass
 
 
+def test_a_clamp_that_the_kernel_does_not_have(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "gpt_oss-layer/artifact", tmp_path / "artifact"))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"swiglu_limit": 1.0}))
+    with pytest.raises(ModelError, match="computes something else than the model"), engine(folder):
+        pass
+
+
 def test_another_format(made: Path, tmp_path: Path) -> None:
     folder = damaged(made, tmp_path, config=lambda content: content["quantization_config"].update(format=2))
     with pytest.raises(ModelError, match="format 2"), engine(folder):

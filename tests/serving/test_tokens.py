@@ -34,7 +34,7 @@ def test_tensor_parallel(made: Path, name: str) -> None:
     assert_same_tokens(made / name, own_process=True, tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe-default", "qwen3_moe-layer", "gpt_oss-default", "gpt_oss-layer"])
+@pytest.mark.parametrize("name", ["mixed", "qwen3_moe-layer", "gpt_oss-default", "gpt_oss-layer"])
 def test_expert_parallel(made: Path, name: str) -> None:
     assert_same_tokens(made / name, own_process=True, tensor_parallel_size=2, enable_expert_parallel=True)
 
