@@ -77,6 +77,7 @@ def asked(text: Path, **changes: Any) -> dict[str, Any]:
         "samples": 12,
         "sequence_length": LENGTH,
         "batch_size": 4,
+        "epochs": 1,
         "learning_rate": 0.002,
         "teacher": "resident",
         **changes,
@@ -188,7 +189,7 @@ def test_the_same_again_is_not_trained_twice(artifact: Artifacts, text: Path, tm
 
 
 def test_a_single_step_is_not_lost_to_warming_up(artifact: Artifacts, text: Path, tmp_path: Path) -> None:
-    settings = asked(text, latent="all", samples=4, epochs=1)
+    settings = asked(text, latent="all", samples=4)
     entry = molae.finetune(artifact("qwen3_moe", "layer"), settings, tmp_path / "out").finetuned[-1]
     assert entry["steps"] == 1
     assert entry["loss_after"] != entry["loss_before"]
@@ -205,7 +206,7 @@ def test_the_nearer_the_original_the_smaller_the_steps(
 
     def rate(name: str, **changes: Any) -> float:
         seen.clear()
-        settings = asked(text, adapters=2, learning_rate="auto", epochs=1, trainer={"max_steps": 1}, **changes)
+        settings = asked(text, adapters=2, learning_rate="auto", trainer={"max_steps": 1}, **changes)
         molae.finetune(artifact("qwen3_moe", "layer"), settings, tmp_path / name, callbacks=[Rates()])
         return seen[0]
 

@@ -95,7 +95,7 @@ class Training:
     def _share_of_rates(self, before: float | None) -> float:
         """Of the rates of `auto`: the nearer a model is to the original, the smaller are the steps that bring it nearer.
 
-        The divergence grows with the square of the distance. As large steps at a tenth of the distance lead away.
+        The divergence grows with the square of the distance. Steps of the same size at a tenth of it lead away.
 
         Args:
             before: loss on the examples set aside.
