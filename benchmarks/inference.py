@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,13 @@ PROMPT, CONTEXT, STEPS = 512, 32, 8
 CASES = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 16))
 SLOTS = 128  # `batched_mm` copies the weights of so many experts at most
 VOCABULARY = 512
+# A cache of one GiB, the engine in the process itself, and no words on the way.
+ENGINE = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def write_models(place: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -203,7 +211,7 @@ def in_vllm(place: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         answers = {}
         for name in MODELS:
             command = [str(args.vllm), __file__, "--child", str(place / name), "--dtype", args.dtype]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ENGINE)
             answers[name] = json.loads(done.stdout.splitlines()[-1])
             print(f"vLLM, {name}: {answers[name]}", file=sys.stderr, flush=True)
         by_round.append(answers)
