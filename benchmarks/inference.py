@@ -1,7 +1,7 @@
 """Speed of whole models, compressed against dense: transformers in the best experts backend of each, and vLLM.
 
     python benchmarks/inference.py                                     # transformers: a quarter of an hour on two cores
-    python benchmarks/inference.py --vllm .venv-serving/bin/python     # vLLM as well, in its environment: make test-serving
+    python benchmarks/inference.py --vllm .venv-serving/bin/python     # vLLM too; the default where it is
     python benchmarks/inference.py --layers 1 --rounds 2 --results trial.json
 
 Models of random weights in which experts dominate (by default two layers of 64 experts, hidden size 2048, expert width 768,
@@ -282,11 +282,17 @@ def main() -> None:
         ("top_k", 8),
         ("hidden", 2048),
         ("intermediate", 768),
-        ("rounds", 5),
+        ("rounds", 2),
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--vllm", type=Path, help="Python of an environment with vLLM; without it, transformers alone")
+    serving = ROOT / ".venv-serving" / "bin" / "python"
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        default=serving if serving.exists() else None,
+        help="Python of an environment with vLLM, by default that of `make test-serving`; without it, transformers alone",
+    )
     parser.add_argument("--folder", type=Path, help="where to put models (several GB); temporary if absent")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
