@@ -37,7 +37,7 @@ from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 Progress = Callable[[str, int, int], None]
 OBSERVE, SOLVE = "observe", "solve"
 _MOST = 0.99  # of its parameters, that a compressed model may keep
-_NEWTON = 5  # conjugate gradients: most of what many would find
+_NEWTON = 8  # conjugate gradients: most of what many would find
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 
 
@@ -186,8 +186,16 @@ class Run:
 
         def observe(turn: Turn) -> None:
             spec = turn.spec
-            shape, pairs, clusters = template(self.recipe, spec), tries_pairs(self.recipe, spec), has_clusters(self.recipe)
-            found = measure_spectra(turn.dense, turn.population, shape, self.fit, cluster=clusters, pairs=pairs)
+            pairs, output_pairs = tries_pairs(self.recipe, spec)
+            found = measure_spectra(
+                turn.dense,
+                turn.population,
+                template(self.recipe, spec),
+                self.fit,
+                cluster=has_clusters(self.recipe),
+                pairs=pairs,
+                output_pairs=output_pairs,
+            )
             found = found.scaled(turn.effect.gain() if turn.effect is not None else 1.0).on_cpu()
             spectra[spec.name] = found
             unseen.update({spec.name} if isinstance(turn.population, Uninformed) else ())

@@ -117,8 +117,9 @@ def spectral_error(recipe: Recipe, spec: ExpertsSpec, spectra: LayerSpectra, sha
     """The energies that the ranks of a shape leave out on both sides, summed; what water-filling counts."""
     if shape is None:
         return 0.0
-    if shape.banks(spec)[0].shape.input_group != spectra.group:
-        spectra = spectra.in_pairs()
+    first = shape.banks(spec)[0].shape
+    if (first.input_group, first.output_group) != spectra.groups:
+        spectra = spectra.in_pairs(first.input_group == 2, first.output_group == 2)
     scales, total, place_E = unit_scales(recipe, spectra), 0.0, spectra.order_E.argsort().tolist()
     for bank in shape.banks(spec):
         groups_in = sorted({place_E[expert] // bank.shape.input_group for expert in bank.experts})

@@ -19,15 +19,27 @@ from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentSha
 
 KERNEL_STEP = 8  # ranks of the layer form are rows of the stock grouped kernels, which take multiples of 16 bytes
 _ALIGN = {"quality": 8, "serving": 64}
+_BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
 _STEPS = 32  # an automatic alignment leaves at least this many ranks to choose from
 _SHARE = 8  # of a price on operations: up to it the share that every side keeps rises with the price, so as to spend all
 
 
-def tries_pairs(recipe: Recipe, spec: ExpertsSpec) -> bool:
-    """Whether measured spectra are to say if two experts of a module share an input basis, or each has its own."""
+def tries_pairs(recipe: Recipe, spec: ExpertsSpec) -> tuple[bool, bool]:
+    """Whether measured spectra are to say if two experts of a module share a basis, or each has its own: input, output.
+
+    Output bases only where all experts have one rank: banks of experts that need about the same are worth more.
+    """
     shape, basis = template(recipe, spec), recipe.basis
     alone = basis.experts_per_input_group == "auto" and shape.input_group == shape.output_group == 1
-    return recipe.budget.allocate == "spectrum" and alone and spec.num_experts % 2 == 0 and spec.num_experts > 2
+    inputs = recipe.budget.allocate == "spectrum" and alone and spec.num_experts % 2 == 0 and spec.num_experts > 2
+    free = basis.experts_per_output_group == "auto" and shape.rank_out is not None
+    return inputs, inputs and free and bank_count(recipe) == 1
+
+
+def bank_count(recipe: Recipe) -> int:
+    """Banks that a layer may have at most."""
+    banks = recipe.budget.banks
+    return (_BANKS if recipe.calibration is not None else 1) if banks == "auto" else int(banks)
 
 
 def has_clusters(recipe: Recipe) -> bool:
@@ -35,11 +47,11 @@ def has_clusters(recipe: Recipe) -> bool:
     return recipe.basis.cluster and recipe.budget.allocate == "spectrum"
 
 
-def template(recipe: Recipe, spec: ExpertsSpec, input_group: int | None = None) -> LatentShape:
+def template(recipe: Recipe, spec: ExpertsSpec, groups: tuple[int, int] | None = None) -> LatentShape:
     """Form, groups, branches and storage that a recipe means for a module; its ranks are placeholders.
 
     Args:
-        input_group: experts to an input basis, where measurement has chosen it.
+        groups: experts to an input and to an output basis, where measurement has chosen them.
 
     Raises:
         RecipeError: a group size that does not divide the experts, or a form the module cannot have.
@@ -62,8 +74,8 @@ def template(recipe: Recipe, spec: ExpertsSpec, input_group: int | None = None) 
         form="layer" if serving else "grouped",
         rank_in=1,
         rank_out=None if basis.down == "dense" else 1,
-        input_group=input_group or _group(basis.experts_per_input_group, auto_in, "input", spec),
-        output_group=_group(basis.experts_per_output_group, auto_out, "output", spec),
+        input_group=groups[0] if groups else _group(basis.experts_per_input_group, auto_in, "input", spec),
+        output_group=groups[1] if groups else _group(basis.experts_per_output_group, auto_out, "output", spec),
         gate_up="joint" if not spec.has_gate else basis.gate_up,
         storage=storage,
     )
@@ -198,9 +210,11 @@ class Module:
     among: int
 
     @classmethod
-    def of(cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None, input_group: int | None = None) -> Module:
-        """A whole module; counts numbers, or bytes if `dtype` is given."""
-        shape = template(recipe, spec, input_group)
+    def of(
+        cls, recipe: Recipe, spec: ExpertsSpec, dtype: torch.dtype | None, groups: tuple[int, int] | None = None
+    ) -> Module:
+        """A whole module; counts numbers, or bytes if `dtype` is given. `groups` as in `template`."""
+        shape = template(recipe, spec, groups)
         return cls.with_ranks(spec, shape, dtype, *_ranks(recipe, spec, shape), spec.num_experts)
 
     def with_experts(self, count: int) -> Module:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from molae_compress.operations import dense_multiply_adds
-from molae_compress.ranks import Module, ranked, smaller
+from molae_compress.ranks import Module, bank_count, ranked, smaller
 from molae_compress.recipe import Recipe
 from molae_compress.solver.allocate import Curve, allocate, bought, partition, tail_errors, tails_at
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
 _WORTH = 0.9  # of the error, below which experts share a basis: it costs operations, and the refinement gains less by it
-_BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
 _LEAST = 0.8  # of the input rank that all experts of a layer would share, for text that calibration did not hold
 
 
@@ -52,50 +51,55 @@ def by_spectrum(
 ) -> list[AnyShape | None] | None:
     """Water-filling over all modules, banks and sides, every curve in one unit of error.
 
-    Where spectra of pairs are known, the experts of a module share bases in pairs if this would lose less for what the
-    module gets without.
+    Where spectra of pairs are known, the experts of a module share bases in pairs, on the side or sides where this would
+    lose least for what the module gets without.
     With a price, operations count as errors do: all those of the dense experts as `price` times the whole energy.
     """
     rate = price and price * _energy(recipe, spectra) / sum(sum(dense_multiply_adds(module.spec)) for module in modules)
-    single = _allocated(recipe, modules, spectra, amount, rate)
+    as_they_are = list(zip(modules, spectra, strict=True))
+    single = _allocated(recipe, as_they_are, amount, rate)
     if all(found.paired_E is None for found in spectra):
         return single.shapes if single is not None else None
     if single is None:  # bases of pairs are fewer
-        both = [_in_pairs(recipe, *each) for each in zip(modules, spectra, strict=True)]
-        shared = _allocated(recipe, [module for module, _ in both], [found for _, found in both], amount, rate)
+        shared = _allocated(recipe, [_in_pairs(recipe, *each)[-1] for each in as_they_are], amount, rate)
         return shared.shapes if shared is not None else None
     chosen: list[tuple[Module, LayerSpectra]] = []
-    for module, found, cost, error in zip(modules, spectra, single.costs, single.errors, strict=True):
-        chosen.append((module, found))
-        if found.paired_E is not None:
-            pairs = _in_pairs(recipe, module, found)
-            shared = _allocated(recipe, [pairs[0]], [pairs[1]], cost, rate)
-            chosen[-1] = pairs if shared is not None and shared.errors[0] < _WORTH * error else chosen[-1]
-    mixed = _allocated(recipe, [module for module, _ in chosen], [found for _, found in chosen], amount, rate)
+    for each, cost, error in zip(as_they_are, single.costs, single.errors, strict=True):
+        best, least = each, _WORTH * error
+        for pairs in _in_pairs(recipe, *each)[1:]:
+            shared = _allocated(recipe, [pairs], cost, rate)
+            if shared is not None and shared.errors[0] < least:
+                best, least = pairs, shared.errors[0]
+        chosen.append(best)
+    mixed = _allocated(recipe, chosen, amount, rate)
     return mixed.shapes if mixed is not None and sum(mixed.errors) < sum(single.errors) else single.shapes
 
 
-def _in_pairs(recipe: Recipe, module: Module, spectra: LayerSpectra) -> tuple[Module, LayerSpectra]:
-    """With two experts to an input basis, where spectra of pairs are known."""
-    if spectra.paired_E is None:
-        return module, spectra
-    return Module.of(recipe, module.spec, module.dtype, input_group=2), spectra.in_pairs()
+def _in_pairs(recipe: Recipe, module: Module, spectra: LayerSpectra) -> list[tuple[Module, LayerSpectra]]:
+    """The module as it is, and with two experts to a basis wherever spectra of pairs are known, on most sides last."""
+    found = [(module, spectra)]
+    if spectra.paired_E is not None:
+        for inputs, outputs in ((True, False), (False, True), (True, True)):
+            if not outputs or spectra.paired_output_GM is not None:
+                sizes = (1 + inputs, 1 + outputs)
+                paired = Module.of(recipe, module.spec, module.dtype, sizes)
+                found.append((paired, spectra.in_pairs(inputs, outputs)))
+    return found
 
 
 def _allocated(
-    recipe: Recipe, modules: Sequence[Module], spectra: Sequence[LayerSpectra], amount: int, rate: float
+    recipe: Recipe, modules: Sequence[tuple[Module, LayerSpectra]], amount: int, rate: float
 ) -> _Allocation | None:
     """Ranks for modules with their groups and banks; None if the lowest cost too much."""
-    pairs = list(zip(modules, spectra, strict=True))
-    layers = [[_part(recipe, module, found, range(module.spec.num_experts), rate)] for module, found in pairs]
-    if (banks := _bank_count(recipe)) > 1:
-        layers = _in_banks(recipe, pairs, [part for (part,) in layers], banks, amount, rate)
+    layers = [[_part(recipe, module, found, range(module.spec.num_experts), rate)] for module, found in modules]
+    if (banks := bank_count(recipe)) > 1:
+        layers = _in_banks(recipe, modules, [part for (part,) in layers], banks, amount, rate)
     curves = [curve for parts in layers for part in parts for curve in part.curves]
     picks = allocate(curves, amount)
     if picks is None:
         return None
     chosen, shapes, costs, errors = iter(picks), [], [], []
-    for (module, found), parts in zip(pairs, layers, strict=True):
+    for (module, found), parts in zip(modules, layers, strict=True):
         taken = [[next(chosen) for _ in part.curves] for part in parts]
         shaped = [(part, part.shape(each)) for part, each in zip(parts, taken, strict=True)]
         shapes.append(_joined(module, shaped, found))
@@ -107,7 +111,7 @@ def _allocated(
 
 def _in_banks(
     recipe: Recipe,
-    pairs: Sequence[tuple[Module, LayerSpectra]],
+    modules: Sequence[tuple[Module, LayerSpectra]],
     whole: Sequence[_Part],
     banks: int,
     amount: int,
@@ -125,12 +129,12 @@ def _in_banks(
     picks = iter(shared)
     taken = [[next(picks) for _ in part.curves] for part in whole]
     least = [_LEAST * part.curves[0].ranks[each[0]] for part, each in zip(whole, taken, strict=True)]
-    tables = [table for pair, low in zip(pairs, least, strict=True) for table in _tables(recipe, *pair, rate, low)]
+    tables = [table for each, low in zip(modules, least, strict=True) for table in _tables(recipe, *each, rate, low)]
     spent = bought(tables, amount)
     if spent is None:
         return [[part] for part in whole]
     per_side, layers = iter(spent), []
-    for (module, found), low in zip(pairs, least, strict=True):
+    for (module, found), low in zip(modules, least, strict=True):
         taken_U = sum((next(per_side) for _ in module.sides), torch.zeros(()))
         units = _units(module)
         together = [
@@ -138,12 +142,6 @@ def _in_banks(
         ]
         layers.append([_part(recipe, module, found, places, rate, low) for places in together])
     return layers
-
-
-def _bank_count(recipe: Recipe) -> int:
-    """Banks that a layer may have at most."""
-    banks = recipe.budget.banks
-    return (_BANKS if recipe.calibration is not None else 1) if banks == "auto" else int(banks)
 
 
 def _units(module: Module) -> list[range]:

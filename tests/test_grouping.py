@@ -62,7 +62,7 @@ def test_groups_start_with_the_pair_most_alike_and_take_whoever_fits_best() -> N
 
 def test_spectra_of_pairs_are_those_of_the_experts_put_into_that_order() -> None:
     dense, samples, shape, fit = families(), tokens(200, spec=SPEC), groups_of(1, 1, 1, 1), Fit()
-    found = measure_spectra(dense, samples, shape, fit, cluster=True, pairs=True)
+    found = measure_spectra(dense, samples, shape, fit, cluster=True, pairs=True, output_pairs=True)
     alone = measure_spectra(dense, samples, shape, fit)
     torch.testing.assert_close(found.input_GM, alone.input_GM)
     assert found.paired_E is not None
@@ -70,16 +70,21 @@ def test_spectra_of_pairs_are_those_of_the_experts_put_into_that_order() -> None
     place_E = found.paired_E.argsort()
     moved = replace(dense, w_in_EJH=dense.w_in_EJH[found.paired_E], w_out_EHI=dense.w_out_EHI[found.paired_E])
     there = replace(samples, index_TK=place_E[samples.index_TK])
-    expected = measure_spectra(moved, there, groups_of(1, 1, 2, 1), fit)
-    torch.testing.assert_close(found.in_pairs().input_GM, expected.input_GM)
-    torch.testing.assert_close(found.in_pairs().output_GM, expected.output_GM)
-    assert [found.group, found.in_pairs().group] == [1, 2]
+    assert found.groups == (1, 1)
+    for inputs, outputs in ((True, False), (False, True), (True, True)):
+        sizes = (1 + inputs, 1 + outputs)
+        expected, pairs = measure_spectra(moved, there, groups_of(1, 1, *sizes), fit), found.in_pairs(inputs, outputs)
+        torch.testing.assert_close(pairs.input_GM, expected.input_GM)
+        torch.testing.assert_close(pairs.output_GM, expected.output_GM)
+        assert pairs.groups == sizes
 
 
 def test_spectra_survive_the_work_directory() -> None:
-    found = measure_spectra(families(), tokens(60, spec=SPEC), groups_of(1, 1, 1, 1), Fit(), cluster=True, pairs=True)
+    shape, wanted = groups_of(1, 1, 1, 1), {"cluster": True, "pairs": True, "output_pairs": True}
+    found = measure_spectra(families(), tokens(60, spec=SPEC), shape, Fit(), **wanted)
     again = LayerSpectra.of_tensors(found.tensors())
     assert again.paired_E is not None
+    torch.testing.assert_close(again.paired_output_GM, found.paired_output_GM)
     torch.testing.assert_close([*again.input_GM, *again.paired_GM], [*found.input_GM, *found.paired_GM])
     torch.testing.assert_close(
         [again.output_GM, again.order_E, again.paired_E], [found.output_GM, found.order_E, found.paired_E]
@@ -93,8 +98,8 @@ def chosen(
     budget = {"keep": 0.5, "align": 1, "banks": banks}
     recipe = Recipe.load({"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": budget, "basis": basis})
     samples, module = tokens(200, spec=SPEC), Module.of(recipe, SPEC, None)
-    cluster, pairs = recipe.basis.cluster, tries_pairs(recipe, SPEC)
-    spectra = measure_spectra(dense, samples, module.shape, Fit(), cluster=cluster, pairs=pairs)
+    cluster, (pairs, outputs) = recipe.basis.cluster, tries_pairs(recipe, SPEC)
+    spectra = measure_spectra(dense, samples, module.shape, Fit(), cluster=cluster, pairs=pairs, output_pairs=outputs)
     found = by_spectrum(recipe, [module], [spectra], SPEC.dense_numel // 2)
     assert found is not None
     return found[0], recipe
@@ -118,6 +123,23 @@ def test_experts_share_a_basis_where_that_loses_less() -> None:
         chosen(families(), cluster=False, experts_per_input_group=2)[0],
     ]
     assert all(error(families(), shape) < 0.85 * error(families(), other) for other in others)
+
+
+def test_experts_of_one_rank_share_output_bases_too_where_that_loses_less() -> None:
+    dense = families()
+    w_out_EHI = dense.w_out_EHI.clone()
+    for members in FAMILIES:
+        w_out_EHI[max(members)] = w_out_EHI[min(members)] @ normal(6, 6, seed=max(members)).to(w_out_EHI)
+    alike_in_both = replace(dense, w_out_EHI=w_out_EHI)
+    groups = {}
+    for banks in (1, "auto"):
+        shape, _ = chosen(alike_in_both, banks=banks)
+        assert shape is not None
+        groups[banks] = {(bank.shape.input_group, bank.shape.output_group) for bank in shape.banks(SPEC)}
+    assert groups == {1: {(2, 2)}, "auto": {(2, 1)}}
+    fixed, _ = chosen(alike_in_both, banks=1, experts_per_output_group=1)
+    assert fixed is not None
+    assert {bank.shape.output_group for bank in fixed.banks(SPEC)} == {1}
 
 
 def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece() -> None:
@@ -144,7 +166,7 @@ def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:
 def test_experts_of_their_own_keep_a_basis_of_their_own() -> None:
     shape, _ = chosen(layer(SPEC), banks=1)  # with a handful of ranks to choose from, banks lose too much to their steps
     assert shape is not None
-    assert {bank.shape.input_group for bank in shape.banks(SPEC)} == {1}
+    assert {(bank.shape.input_group, bank.shape.output_group) for bank in shape.banks(SPEC)} == {(1, 1)}
 
 
 def test_neighbours_share_where_clusters_are_not_wanted() -> None:

@@ -82,7 +82,9 @@ class Basis(Section):
         "largest divisor of the number of experts below 4.",
     )
     experts_per_output_group: Literal["auto", "all"] | Count = Field(
-        default="auto", description="Experts that share an output basis. `auto`: 1 for quality, `all` for serving."
+        default="auto",
+        description="Experts that share an output basis. `auto`: for quality 1, or 2 in layers where `allocate: spectrum` "
+        "sees that pairs lose clearly less and all experts have one rank (`banks`); `all` for serving.",
     )
     cluster: bool = Field(
         default=True,
@@ -207,7 +209,7 @@ class Refit(Section):
         default="auto",
         description="Conjugate gradients of the Gauss-Newton step that refines the input side against the activation as it "
         "is: bases and cores, or cores alone where more than four experts share a basis. Each costs a pass over the tokens. "
-        "`auto`: 5, or 0 with `cores: false` or `basis.metric: input`. 0: the closed form alone.",
+        "`auto`: 8, or 0 with `cores: false` or `basis.metric: input`. 0: the closed form alone.",
     )
     shrinkage: float = Field(
         default=2.0,

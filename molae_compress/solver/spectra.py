@@ -67,6 +67,7 @@ class LayerSpectra:
         order_E: int64 experts in the order in which groups take them.
         paired_GM: of each branch with two experts to a basis; empty if nobody asked.
         paired_E: the order of experts in which pairs are neighbours.
+        paired_output_GM: of the second projection with the same pairs to a basis; None if nobody asked.
     """
 
     input_GM: tuple[Tensor, ...]
@@ -74,21 +75,27 @@ class LayerSpectra:
     order_E: Tensor
     paired_GM: tuple[Tensor, ...] = ()
     paired_E: Tensor | None = None
+    paired_output_GM: Tensor | None = None
 
     @property
-    def group(self) -> int:
-        """Experts to an input basis."""
-        return len(self.order_E) // len(self.input_GM[0])
+    def groups(self) -> tuple[int, int]:
+        """Experts to an input basis, and to an output basis."""
+        return len(self.order_E) // len(self.input_GM[0]), len(self.order_E) // len(self.output_GM)
 
     def scaled(self, factor: float) -> LayerSpectra:
         """With every energy multiplied."""
         single, pairs = (tuple(part * factor for part in parts) for parts in (self.input_GM, self.paired_GM))
-        return LayerSpectra(single, self.output_GM * factor, self.order_E, pairs, self.paired_E)
+        outputs = None if self.paired_output_GM is None else self.paired_output_GM * factor
+        return LayerSpectra(single, self.output_GM * factor, self.order_E, pairs, self.paired_E, outputs)
 
-    def in_pairs(self) -> LayerSpectra:
-        """Those of pairs; the output side, which is measured by expert, follows their order."""
+    def in_pairs(self, inputs: bool, outputs: bool) -> LayerSpectra:
+        """Those of pairs on some sides; the others follow their order."""
         assert self.paired_E is not None
-        return LayerSpectra(self.paired_GM, self.output_GM[self.paired_E], self.paired_E)
+        assert self.paired_output_GM is not None or not outputs
+        input_GM = self.paired_GM if inputs else tuple(part_EM[self.paired_E] for part_EM in self.input_GM)
+        output_GM = self.paired_output_GM if outputs else self.output_GM[self.paired_E]
+        assert output_GM is not None
+        return LayerSpectra(input_GM, output_GM, self.paired_E)
 
     def on_cpu(self) -> LayerSpectra:
         """The same where ranks are chosen."""
@@ -99,8 +106,13 @@ class LayerSpectra:
         branches = {
             f"{name}.{k}": part for name in ("input", "paired") for k, part in enumerate(getattr(self, f"{name}_GM"))
         }
-        orders = {"order": self.order_E} if self.paired_E is None else {"order": self.order_E, "pairs": self.paired_E}
-        return {name: part.cpu() for name, part in {**branches, **orders, "output": self.output_GM}.items()}
+        others = {
+            "order": self.order_E,
+            "pairs": self.paired_E,
+            "output": self.output_GM,
+            "paired_output": self.paired_output_GM,
+        }
+        return {name: part.cpu() for name, part in {**branches, **others}.items() if part is not None}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerSpectra:
@@ -109,12 +121,20 @@ class LayerSpectra:
             tuple(tensors[f"{side}.{k}"] for k in range(sum(name.startswith(f"{side}.") for name in tensors)))
             for side in ("input", "paired")
         )
-        return cls(single, tensors["output"], tensors["order"], pairs, tensors.get("pairs"))
+        paired_E, outputs = tensors.get("pairs"), tensors.get("paired_output")
+        return cls(single, tensors["output"], tensors["order"], pairs, paired_E, outputs)
 
 
 @torch.no_grad()
 def measure_spectra(
-    dense: DenseExperts, population: Population, shape: LatentShape, fit: Fit, *, cluster: bool = False, pairs: bool = False
+    dense: DenseExperts,
+    population: Population,
+    shape: LatentShape,
+    fit: Fit,
+    *,
+    cluster: bool = False,
+    pairs: bool = False,
+    output_pairs: bool = False,
 ) -> LayerSpectra:
     """Spectra of every group of both sides; `shape` gives groups and branches, its ranks are not used.
 
@@ -125,6 +145,7 @@ def measure_spectra(
         fit: metric and ridges.
         cluster: groups are of experts that are alike, instead of neighbours.
         pairs: measure the input side also with two experts to a basis; both groups of `shape` have one expert.
+        output_pairs: with `pairs`, the output side too.
 
     Returns:
         energies [G, min(rows of a group, H)], float64, on the device of the weights.
@@ -143,15 +164,22 @@ def measure_spectra(
     else:
         groups = _groups(order, shape.input_group)
         input_GM = _by_branch([input_spectra(dense, population, group, shape, fit)[0] for group in groups])
-    outputs = []
-    for group in _groups(order, shape.output_group):
-        stack = Stack(shape.output_group * dense.spec.intermediate, dense.spec.hidden, None)
+    output_GM = _output_spectra(dense, population, _groups(order, shape.output_group), fit)
+    paired_E = torch.tensor(paired) if pairs else None
+    paired_GM = _output_spectra(dense, population, _groups(paired, 2), fit) if pairs and output_pairs else None
+    return LayerSpectra(input_GM, output_GM, torch.tensor(order), pairs_GM, paired_E, paired_GM)
+
+
+def _output_spectra(dense: DenseExperts, population: Population, groups: Sequence[Sequence[int]], fit: Fit) -> Tensor:
+    """[G,M]: of the second projections of each group of experts, all groups of one size."""
+    spectra = []
+    for group in groups:
+        stack = Stack(len(group) * dense.spec.intermediate, dense.spec.hidden, None)
         for expert in group:
             w_HI, gram_II = second(dense, population, expert, fit)
             stack.add(w_HI.T, gram_II * population.weight(expert))
-        outputs.append(stack.spectrum().energy_M)
-    paired_E = torch.tensor(paired) if pairs else None
-    return LayerSpectra(input_GM, torch.stack(outputs), torch.tensor(order), pairs_GM, paired_E)
+        spectra.append(stack.spectrum().energy_M)
+    return torch.stack(spectra)
 
 
 def _groups(order: Sequence[int], size: int) -> list[Sequence[int]]:
