@@ -3,6 +3,7 @@
     python benchmarks/finetune.py                               # the example model
     python benchmarks/finetune.py --data TEXTS --model MODEL    # text and a model of your own, as for quality.py
     python benchmarks/finetune.py --rows router latent --no-memory --results trial
+    python benchmarks/finetune.py --page                        # writes the page from the results there are
 
 The model is compressed to half of the parameters of its experts, and each way of training goes on from there, towards the
 original's predictions unless its row says otherwise. Perplexity and KL divergence are measured on text that neither
@@ -36,11 +37,11 @@ from memory import EXAMPLE, resident, write_checkpoint
 from molae_compress.report import installed_versions
 from molae_compress.tuning import ways
 from study.cells import EVAL, STUDIES
+from study.marked import ROOT, write_table
 from study.texts import read
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "finetuning.md"
-MARK, END = "<!-- results: benchmarks/finetune.py -->\n", "<!-- end of results -->\n"
+PAGE = ROOT / "docs" / "finetuning.md"
 GOAL = 1.3
 MODELS = {"pocket-moe": "The example model", "development": "A second model, on other text"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -160,7 +161,7 @@ def activations(model: Any, held: set[int]) -> float:
 
 
 def section(studies: list[dict[str, Any]]) -> str:
-    """The results as they stand between two marks of the page on fine-tuning."""
+    """The results as the page on fine-tuning shows them."""
     command = "`python benchmarks/finetune.py`"
     if not studies:
         return f"{command} measures it, and has not been run yet.\n"
@@ -216,6 +217,11 @@ def studies_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
+def write_page(folder: Path) -> None:
+    """Shows what has been measured on the page on fine-tuning."""
+    write_table(PAGE, "finetune", Path(__file__).name, section(studies_in(folder)))
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of texts (calibration/mixed.txt, eval/*.txt), with --model")
@@ -234,6 +240,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory, which --data leaves out too")
     parser.add_argument("--layers", type=int, default=4, help="of the model whose memory is measured")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--page", action="store_true", help="measure nothing, and write the page from the results there are")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if (args.data is None) != (args.model is None):
@@ -252,6 +259,9 @@ def main() -> None:
     if args.child is not None:
         child(args.child)
         return
+    if args.page:
+        write_page(args.results)
+        return
     for name in ("ADAPTER_RATE", "LATENT_RATE", "ROUTER_RATE"):
         setattr(ways, name, args.rates * getattr(ways, name))
     with tempfile.TemporaryDirectory() as folder:
@@ -269,8 +279,7 @@ def main() -> None:
         ratio = found["memory"]["peak"] / found["memory"]["accounted"]
         print(f"memory: {ratio:.2f}; goal: at most {GOAL}")
     if args.results == RESULTS:
-        before, rest = PAGE.read_text(encoding="utf-8").split(MARK)
-        PAGE.write_text(f"{before}{MARK}{section(studies_in(RESULTS))}{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_page(RESULTS)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
     python benchmarks/inference.py                                     # transformers: a quarter of an hour on two cores
     python benchmarks/inference.py --vllm .venv-serving/bin/python     # vLLM too; the default where it is
-    python benchmarks/inference.py --layers 1 --rounds 2 --results trial.json
+    python benchmarks/inference.py --dtypes float32 bfloat16           # both types, in twice the time
+    python benchmarks/inference.py --layers 1 --no-vllm --results trial.json
+    python benchmarks/inference.py --page                              # writes the page from the results there are
 
 Models of random weights in which experts dominate (by default two layers of 64 experts, hidden size 2048, expert width 768,
 eight of them a token: a layer of Qwen3-30B-A3B with half of its experts): dense, in layer form (`basis.profile: serving`)
@@ -13,7 +15,8 @@ Prefill is a prompt of 512 tokens; decode is one token for each of 1, 4 or 16 se
 turns, and a ratio is the median over rounds of (time of dense) / (time of the model) in one round: above 1 where the
 compressed one is faster. Transformers backends are tried once, and each model has its fastest of each case. A bound is the
 time that the weights read, or the operations, take at the rates that this machine reaches in a long sum and in a large
-product: the larger of the two. Experts hit by a batch are counted as if chosen by chance.
+product of the type: the larger of the two. Experts hit by a batch are counted as if chosen by chance. Loading is timed with
+the files in the cache of the system.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ PROMPT, CONTEXT, STEPS = 512, 32, 8
 CASES = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 16))
 SLOTS = 128  # `batched_mm` copies the weights of so many experts at most
 VOCABULARY = 512
+TYPES = ("float32", "bfloat16")
 # A cache of one GiB, the engine in the process itself, and no words on the way.
 ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -55,7 +60,7 @@ ENGINE = {
 }
 
 
-def write_models(place: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def write_models(place: Path, args: argparse.Namespace, dtype: str) -> dict[str, dict[str, Any]]:
     """Writes the three model folders; what each reads and computes by `bound`."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -73,15 +78,15 @@ def write_models(place: Path, args: argparse.Namespace) -> dict[str, dict[str, A
         head_dim=64,
         norm_topk_prob=True,
         tie_word_embeddings=False,
-        dtype=args.dtype,
+        dtype=dtype,
     )
     about = {}
     for name, (_, form) in MODELS.items():
         torch.manual_seed(0)
         if form:
-            model = molae.from_config(config, molae={**form, "max_flops": None}, dtype=args.dtype)
+            model = molae.from_config(config, molae={**form, "max_flops": None}, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.save_pretrained(place / name)
         about[name] = {
             "experts": sum(p.numel() for key, p in model.named_parameters() if ".experts." in key),
@@ -95,9 +100,9 @@ def write_models(place: Path, args: argparse.Namespace) -> dict[str, dict[str, A
     return about
 
 
-def rates() -> tuple[float, float]:
-    """Bytes per second of a long sum, operations per second of a large product."""
-    long_N, square = torch.ones(1 << 28), torch.randn(2048, 2048)
+def rates(dtype: str) -> tuple[float, float]:
+    """Bytes per second of a long sum of float32, operations per second of a large product."""
+    long_N, square = torch.ones(1 << 28), torch.randn(2048, 2048).to(getattr(torch, dtype))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(4):
         started = time.perf_counter()
@@ -109,12 +114,12 @@ def rates() -> tuple[float, float]:
     return long_N.numel() * 4 / min(times[0]), 2 * 2048**3 / min(times[1])
 
 
-def bound(about: dict[str, Any], case: tuple[str, int], args: argparse.Namespace, found: tuple[float, float]) -> float:
-    """Least seconds of a case; see the head of the file."""
+def bound(about: dict[str, Any], case: tuple[str, int], args: argparse.Namespace, size: int, found: Any) -> float:
+    """Least seconds of a case with numbers of so many bytes, at the rates found; see the head of the file."""
     tokens = PROMPT if case[0] == "prefill" else case[1]
     hit = 1 - (1 - args.top_k / args.experts) ** tokens
     own, once = about["experts"] - about["shared"], about["rest"] + about["shared"]
-    read = (once + own * hit) * getattr(torch, args.dtype).itemsize
+    read = (once + own * hit) * size
     flops = 2 * tokens * (once + own * args.top_k / args.experts)
     return max(read / found[0], flops / found[1])
 
@@ -130,7 +135,7 @@ class Client:
         started = time.perf_counter()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.load_seconds = time.perf_counter() - started
-        self.backend: dict[tuple[str, int], str] = {}
+        self.tried: dict[tuple[str, int], dict[str, float]] = {}
 
     @torch.inference_mode()
     def seconds(self, case: tuple[str, int], backend: str) -> float:
@@ -155,25 +160,29 @@ class Client:
         return statistics.median(steps)
 
     def choose(self, case: tuple[str, int], top_k: int) -> None:
-        """Finds the fastest backend of a case."""
+        """Times every backend of a case."""
         tokens = PROMPT if case[0] == "prefill" else case[1]
         tried = [name for name in BACKENDS if name != "batched_mm" or tokens * top_k <= SLOTS]
         for name in tried:  # warms up
             self.seconds(case, name)
-        self.backend[case] = min(tried, key=lambda name: self.seconds(case, name))
+        self.tried[case] = {name: self.seconds(case, name) for name in tried}
+
+    def fastest(self, case: tuple[str, int]) -> str:
+        return min(self.tried[case], key=self.tried[case].__getitem__)
 
 
-def in_transformers(place: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    clients = {name: Client(place / name, args.dtype) for name in MODELS}
+def in_transformers(place: Path, args: argparse.Namespace, dtype: str) -> dict[str, dict[str, Any]]:
+    clients = {name: Client(place / name, dtype) for name in MODELS}
     for client in clients.values():
         for case in CASES:
             client.choose(case, args.top_k)
-    times = rounds(args, lambda name, case: clients[name].seconds(case, clients[name].backend[case]))
+    times = rounds(args, lambda name, case: clients[name].seconds(case, clients[name].fastest(case)))
     found = summary(times)
     for name, client in clients.items():
         found[name]["load_seconds"] = client.load_seconds
-        for case, backend in client.backend.items():
-            found[name][title(case)]["backend"] = backend
+        for case, tried in client.tried.items():
+            found[name][title(case)]["backend"] = client.fastest(case)
+            found[name][title(case)]["tried_ms"] = {backend: 1e3 * seconds for backend, seconds in tried.items()}
     return found
 
 
@@ -204,16 +213,16 @@ def title(case: tuple[str, int]) -> str:
     return f"{phase} {PROMPT}" if phase == "prefill" else f"{phase} {batch}"
 
 
-def in_vllm(place: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def in_vllm(place: Path, args: argparse.Namespace, dtype: str) -> dict[str, dict[str, Any]]:
     """Every model in a process of its own for each round, by turns."""
     by_round = []
     for _ in range(args.rounds):
         answers = {}
         for name in MODELS:
-            command = [str(args.vllm), __file__, "--child", str(place / name), "--dtype", args.dtype]
+            command = [str(args.vllm), __file__, "--child", str(place / name), "--dtypes", dtype]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ENGINE)
             answers[name] = json.loads(done.stdout.splitlines()[-1])
-            print(f"vLLM, {name}: {answers[name]}", file=sys.stderr, flush=True)
+            print(f"vLLM, {dtype}, {name}: {answers[name]}", file=sys.stderr, flush=True)
         by_round.append(answers)
     found = summary({(name, case): [each[name][title(case)] for each in by_round] for name in MODELS for case in CASES})
     for name in MODELS:
@@ -256,36 +265,39 @@ def vllm_child(folder: Path, dtype: str) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each engine, case and model."""
+    """Markdown: a row for each engine, type, case and model, and below a table of loading."""
     lines = [
-        "| engine | case | model | tokens a second | of the bound | times as fast as dense |",
-        "|---|---|---|--:|--:|--:|",
+        "| engine | type | case | model | tokens a second | of the bound | times as fast as dense |",
+        "|---|---|---|---|--:|--:|--:|",
     ]
-    for engine, rows in results["engines"].items():
+    loading = ["| engine | type | model | seconds to load | of those of dense |", "|---|---|---|--:|--:|"]
+    engines = dict.fromkeys(engine for found in results["types"].values() for engine in found["engines"])
+    for engine, dtype in product(engines, results["types"]):
+        found = results["types"][dtype]
+        rows = found["engines"].get(engine, {})
         for case in map(title, CASES):
-            for name, (words, _) in MODELS.items():
+            for name in rows:
                 row = rows[name][case]
                 backend = f" (`{row['backend']}`)" if "backend" in row else ""
-                share = results["bounds_ms"][name][case] / row["ms"]
+                share = found["bounds_ms"][name][case] / row["ms"]
                 ratio = "" if name == "dense" else f"{row['ratio']:.2f}"
                 lines.append(
-                    f"| {engine} | {case} | {words}{backend} | {row['tokens_per_second']:.1f} | {share:.0%} | {ratio} |"
+                    f"| {engine} | {dtype} | {case} | {MODELS[name][0]}{backend} | {row['tokens_per_second']:.1f} | "
+                    f"{share:.0%} | {ratio} |"
                 )
-    return "\n".join(lines) + "\n"
+        for name in rows:
+            seconds, dense = rows[name]["load_seconds"], rows["dense"]["load_seconds"]
+            ratio = "" if name == "dense" else f"{seconds / dense:.2f}"
+            loading.append(f"| {engine} | {dtype} | {MODELS[name][0]} | {seconds:.2f} | {ratio} |")
+    return "\n".join([*lines, "", *loading]) + "\n"
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("layers", 2),
-        ("experts", 64),
-        ("top_k", 8),
-        ("hidden", 2048),
-        ("intermediate", 768),
-        ("rounds", 2),
-    ):
+    sizes = {"layers": 2, "experts": 64, "top_k": 8, "hidden": 2048, "intermediate": 768, "rounds": 2}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["float32"], help="one after the other")
     serving = ROOT / ".venv-serving" / "bin" / "python"
     parser.add_argument(
         "--vllm",
@@ -293,21 +305,38 @@ def main() -> None:
         default=serving if serving.exists() else None,
         help="Python of an environment with vLLM, by default that of `make test-serving`; without it, transformers alone",
     )
+    parser.add_argument("--no-vllm", dest="vllm", action="store_const", const=None, help="transformers alone")
     parser.add_argument("--folder", type=Path, help="where to put models (several GB); temporary if absent")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true", help="measure nothing, and write the page from the results there are")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        vllm_child(args.child, args.dtype)
-        return
+    return parser.parse_args()
+
+
+def measured(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """All engines with one type."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         place = Path(folder)
-        about, speed = write_models(place, args), rates()
-        engines = {"transformers": in_transformers(place, args)} | ({"vLLM": in_vllm(place, args)} if args.vllm else {})
-    bounds = {name: {title(case): 1e3 * bound(about[name], case, args, speed) for case in CASES} for name in MODELS}
-    given = {key: value for key, value in vars(args).items() if isinstance(value, (int, str))}
-    head = {"asked": given, "threads": torch.get_num_threads(), "bytes_per_second": speed[0], "flops_per_second": speed[1]}
-    results = {**head, "bounds_ms": bounds, "engines": engines}
+        about, speed = write_models(place, args, dtype), rates(dtype)
+        engines = {"transformers": in_transformers(place, args, dtype)}
+        if args.vllm:
+            engines["vLLM"] = in_vllm(place, args, dtype)
+    size = getattr(torch, dtype).itemsize
+    bounds = {name: {title(case): 1e3 * bound(about[name], case, args, size, speed) for case in CASES} for name in MODELS}
+    return {"bytes_per_second": speed[0], "flops_per_second": speed[1], "bounds_ms": bounds, "engines": engines}
+
+
+def main() -> None:
+    args = parsed()
+    if args.child:
+        vllm_child(args.child, args.dtypes[0])
+        return
+    if args.page:
+        write_table(PAGE, "inference", Path(__file__).name, table(json.loads(args.results.read_text(encoding="utf-8"))))
+        return
+    asked = {key: value for key, value in vars(args).items() if type(value) in (int, list)}
+    types = {dtype: measured(args, dtype) for dtype in args.dtypes}
+    results = {"asked": asked, "threads": torch.get_num_threads(), "types": types}
     args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     if args.results.resolve() == RESULTS:

@@ -7,7 +7,8 @@
 One protocol. Every method starts from the same model in float32 and may store the same share of its routed-expert
 parameters (every number counts: bases, cores, column indices, biases), rounded to the type of the checkpoint as an
 artifact would be. A run that was cut off goes on where it stopped: cells that are in the results are not measured again.
-Results of another version of the code, the libraries or the text are refused, unless `--fresh` measures everything anew.
+Results of another version of the code, the libraries or the text are refused, unless `--fresh` measures everything anew;
+`--package` keeps the rows of baselines, with the version of the code that they were measured with.
 Which methods there are is in `study/methods.py`, which cells in `study/cells.py`; `plot.py` and `page.py` show the results.
 """
 
@@ -37,6 +38,7 @@ from study.cells import (
     identity,
     known_rows,
     load,
+    of_baselines,
     save,
 )
 from study.measure import Bench, model_folder, text_fingerprints
@@ -78,12 +80,16 @@ def measure(study: Study, protocol: Protocol, args: argparse.Namespace) -> None:
     head = identity(study, protocol, model_folder(study, args.model), text_fingerprints(study, args.data))
     head["processes"] = args.processes
     old = None if args.fresh else load(path)
-    if old is not None and (changed := [name for name in differences(old, head) if name != "processes"]):
+    changed = [] if old is None else [name for name in differences(old, head) if name != "processes"]
+    if changed and not (args.package and changed == ["code_sha256"]):
         sys.exit(
-            f"{path.name} was measured with other {', '.join(changed)}. "
-            "Measure everything anew with --fresh (make bench-quality FRESH=1), or measure elsewhere with --results."
+            f"{path.name} was measured with other {', '.join(changed)}. Measure everything anew with --fresh (make "
+            "bench-quality FRESH=1), or measure elsewhere with --results. Where only code of the package has changed that "
+            "no baseline uses, --package measures its rows anew and keeps those of the baselines."
         )
     known = known_rows(old) if old is not None else {}
+    if changed:
+        known = of_baselines(known, old["code_sha256"])
     wanted = [cell for cell in cells(study, protocol) if cell not in known and cell.method in args.methods]
     print(f"{study.name}: {len(known)} cells are known, {len(wanted)} to be measured\n{HEAD}", flush=True)
     if wanted:
@@ -122,6 +128,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--trained-share", type=float, default=1.0, help="of the papers' gradient steps, for a trial")
     parser.add_argument("--processes", type=int, default=2, help="cells measured at a time, with a thread each")
     parser.add_argument("--fresh", action="store_true", help="measure all cells, those in the results too")
+    parser.add_argument("--package", action="store_true", help="keep the rows of baselines measured with other code")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
     args.methods = args.methods.split(",") if args.methods else list(METHODS)

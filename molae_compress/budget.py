@@ -110,7 +110,8 @@ def _within_budget(
         least = fixed + sum(side.costs[0] for side in sides)
         asked = f"target_size: {format_size(budget.target_size)}" if budget.target_size else f"keep: {budget.keep}"
         needed = human_bytes(copied_bytes + least) if in_bytes else f"a share of {least / dense:.3f}"
-        smaller = "lower `budget.align`, " if max(side.ranks[0] for side in sides) > 1 else ""
+        step = max(side.ranks[0] for side in sides)
+        smaller = f"set `budget.align` below {step}, " if step > 1 else ""
         raise RecipeError(
             f"`budget.{asked}` is too small: the lowest ranks need {needed}.",
             why="Copied tensors, biases and a down projection left dense count too." if amount <= 0 else "",

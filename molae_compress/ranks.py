@@ -15,12 +15,13 @@ from molae_compress.errors import RecipeError
 from molae_compress.operations import dense_multiply_adds, multiply_adds
 from molae_compress.recipe import Recipe
 from molae_compress.solver.allocate import Curve
-from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, LatentShape
+from molae_compress.tensors import PIVOT_DTYPE, AnyShape, ExpertsSpec, Form, LatentShape
 
 KERNEL_STEP = 8  # ranks of the layer form are rows of the stock grouped kernels, which take multiples of 16 bytes
-_ALIGN = {"quality": 8, "serving": 64}
+ENGINE_STEP = 64  # engines pad ranks of the layer form with zeros to multiples of it
 _BANKS = 4  # few enough for kernels, and most of what a rank for every expert would give
 _STEPS = 32  # an automatic alignment leaves at least this many ranks to choose from
+_FEW = 8  # but ranks that engines need not pad are worth coarser steps
 _SHARE = 8  # of a price on operations: up to it the share that every side keeps rises with the price, so as to spend all
 
 
@@ -100,13 +101,20 @@ def full_ranks(spec: ExpertsSpec, shape: LatentShape) -> tuple[int, int]:
     return (spec.hidden, spec.hidden) if shape.form == "layer" else (full_in, full_out)
 
 
+def _automatic(form: Form, hidden: int) -> int:
+    """What ranks are multiples of with `budget.align: auto`."""
+    if form == "grouped":
+        return next((align for align in (8, 4, 2) if hidden >= _STEPS * align), 1)
+    if hidden < _FEW * ENGINE_STEP:
+        return KERNEL_STEP
+    return 2 * ENGINE_STEP if hidden >= _STEPS * 2 * ENGINE_STEP else ENGINE_STEP
+
+
 def _ranks(recipe: Recipe, spec: ExpertsSpec, shape: LatentShape) -> tuple[list[int], list[int]]:
     """Ranks that may be chosen on either side: multiples of the alignment, up to what holds any weights."""
     align, least = recipe.budget.align, KERNEL_STEP if shape.form == "layer" else 1
     if align == "auto":
-        align = _ALIGN[recipe.basis.profile]
-        while align > least and spec.hidden < _STEPS * align:
-            align //= 2
+        align = _automatic(shape.form, spec.hidden)
     if align % least:
         raise RecipeError(
             f"`budget.align: {align}` does not suit the layer form.",

@@ -18,6 +18,7 @@ from molae_compress import Recipe
 from study import cells as study_cells
 from study import plots, tables
 from study.cells import STUDIES, Cell, Protocol, Study, cells, code_fingerprint, differences, known_rows, load, save
+from study.marked import replaced
 from study.methods import ABLATIONS, METHODS, OURS, TRAINED, changed
 from study.results import Results, shown, significant
 from study.texts import read
@@ -264,6 +265,16 @@ def test_a_run_goes_on_where_it_stopped_and_refuses_to_mix(tmp_path: Path) -> No
     done = run_quality(tmp_path, "--methods", "data-free")
     assert done.returncode != 0
     assert "code_sha256" in done.stderr
+    done = run_quality(tmp_path, "--methods", "data-free,channels,reap", "--package")
+    assert "2 cells are known, 1 to be measured" in done.stdout, done.stderr
+    mixed = load(path)
+    assert mixed is not None
+    assert {row["method"]: row.get("code_sha256") for row in mixed["rows"]} == {
+        "data-free": None,
+        "channels": "of other code",
+        "reap": "of other code",
+    }
+    assert mixed["code_sha256"] == before["code_sha256"]
     assert run_quality(tmp_path, "--methods", "data-free", "--fresh").returncode == 0
     assert [row["method"] for row in (load(path) or {})["rows"]] == ["data-free"]
 
@@ -277,7 +288,7 @@ def test_the_results_are_those_of_the_code() -> None:
     if any(now[name] != digest for name, digest in results.content["text_sha256"].items()):
         pytest.skip("this Python or these libraries carry other texts than those measured on")
     bench = Bench(EXAMPLE, Protocol())
-    for method in ("paper", "quality"):
+    for method in ("paper", "quality", "channels"):
         [row, *_] = results.of(method, 0.6)
         found = bench.row(Cell.from_row(row))
         kl = results.values([found], "kl")[0]
@@ -286,8 +297,18 @@ def test_the_results_are_those_of_the_code() -> None:
 
 def test_the_page_on_fine_tuning_shows_the_results() -> None:
     finetune = script("finetune")
-    _, rest = finetune.PAGE.read_text(encoding="utf-8").split(finetune.MARK)
-    assert rest.split(finetune.END)[0] == finetune.section(finetune.studies_in(finetune.RESULTS))
+    page, found = finetune.PAGE.read_text(encoding="utf-8"), finetune.section(finetune.studies_in(finetune.RESULTS))
+    assert replaced(page, "finetune", "finetune.py", found) == page, "run `python benchmarks/finetune.py --page`"
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else() -> None:
+    marks = "<!-- a: written by benchmarks/a.py -->\n", "<!-- end of a -->\n"
+    page = replaced(f"before\n{marks[0]}old\n{marks[1]}after\n", "a", "a.py", "| new |\n")
+    assert page == f"before\n{marks[0]}\n| new |\n\n{marks[1]}after\n"
+    assert replaced(page, "a", "a.py", "| new |\n") == page
+    for mark in marks:
+        with pytest.raises(ValueError, match="lost the marks of the table a"):
+            replaced(page.replace(mark, ""), "a", "a.py", "| new |\n")
 
 
 def test_what_is_shown_of_a_fine_tuning_is_what_was_measured() -> None:

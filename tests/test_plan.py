@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -15,13 +16,15 @@ from transformers import AutoConfig
 import molae_compress as molae
 from molae_compress.adapters.saving import in_hub_format
 from molae_compress.adapters.skeleton import skeleton
+from molae_compress.budget import shapes_for
 from molae_compress.checkpoint import Checkpoint
 from molae_compress.engines import engines
 from molae_compress.planning import LIBRARIES, solver_bytes
 from molae_compress.ranks import Module
 from molae_compress.recipe import Recipe, bundled_recipes
 from molae_compress.solver.newton import KEPT
-from molae_compress.tensors import ExpertsSpec
+from molae_compress.solver.spectra import LayerSpectra
+from molae_compress.tensors import ExpertsSpec, LatentShape
 from tests.conftest import CheckpointMaker
 from tests.runs import LENGTH, WINDOWS, is_expert, recipe_for, tensors_in
 from tests.tiny import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K
@@ -188,6 +191,39 @@ def test_a_projection_may_keep_its_whole_size_where_numbers_are_counted() -> Non
             assert [side.costs[k] < side.dense for k in side.choices[:-1]] == [True] * (len(side.choices) - 1)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "step"), [(128, 8), (504, 8), (512, 64), (2048, 64), (2880, 64), (4088, 64), (4096, 128), (7168, 128)]
+)
+@pytest.mark.parametrize("keep", [0.75, 0.6, 0.5])
+def test_ranks_of_the_serving_profile_suit_engines_and_meet_the_budget(hidden: int, step: int, keep: float) -> None:
+    layers = 6
+    specs = [ExpertsSpec(f"layers.{k}.experts", k, 16, hidden, hidden // 2, top_k=8) for k in range(layers)]
+    falling_M = 0.5 ** torch.linspace(0, 8, hidden, dtype=torch.float64)
+    spectra = {
+        spec.name: LayerSpectra((falling_M[None] / (1 + spec.layer),), falling_M[None], torch.arange(16)) for spec in specs
+    }
+    text = {"data": "python-docs:calibration"}
+    recipe = Recipe.load({"molae": 1, "basis": {"profile": "serving"}, "budget": {"keep": keep}, "calibration": text})
+    sizes = {
+        "dtypes": dict.fromkeys(spectra, torch.float32),
+        "dense_bytes": {spec.name: 4 * spec.dense_numel for spec in specs},
+    }
+    for measured in (spectra, None):
+        shapes = shapes_for(recipe, specs, spectra=measured, **sizes)
+        ranks = [shape.rank_in for shape in shapes.values() if isinstance(shape, LatentShape)]
+        assert ranks == [shape.rank_out for shape in shapes.values() if isinstance(shape, LatentShape)]
+        assert len(ranks) == layers
+        assert math.gcd(*ranks, 2 * step) % step == 0
+        spent = sum(shape.numel(spec) for spec, shape in zip(specs, shapes.values(), strict=True) if shape is not None)
+        one_step = step * (2 * hidden + 16 * 3 * hidden // 2)
+        left = keep * sum(spec.dense_numel for spec in specs) - spent
+        assert 0 <= left < (one_step if measured else layers * one_step)
+    assert ("pads them" in engines("qwen3_moe", iter(shapes.values()))["vLLM"]) == any(rank % 64 for rank in ranks)
+    chosen = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"align": 16})})
+    shapes = shapes_for(chosen, specs, spectra=spectra, **sizes)
+    assert math.gcd(*(shape.rank_in for shape in shapes.values() if isinstance(shape, LatentShape))) == 16
+
+
 def test_engines_follow_from_form_and_architecture(checkpoint: CheckpointMaker) -> None:
     grouped = molae.plan(recipe_for(checkpoint("qwen3_moe")))
     layer = molae.plan(recipe_for(checkpoint("qwen3_moe"), "basis.profile=serving"))
@@ -197,5 +233,10 @@ def test_engines_follow_from_form_and_architecture(checkpoint: CheckpointMaker) 
     assert "ort-moe" in layer.engines()["ONNX Runtime"]
     assert all("not tested" in engines("phimoe", [])[name] for name in ("vLLM", "ONNX Runtime"))
     work = layer.per_token()
-    assert f"{work['dense_active_bytes'] / work['active_bytes']:.2f} times as fast" in str(layer)
+    fast, prompt = work["dense_active_bytes"] / work["active_bytes"], work["dense_flops"] / work["flops"]
+    assert f"at most         {fast:.2f} times as fast as dense for one token" in str(layer)
+    assert f"(bytes of experts), {prompt:.2f} for a prompt (operations)" in str(layer)
+    heads = ["runs in         transformers: ", *(f"{'':16}{name}: " for name in ("vLLM", "ONNX Runtime", "any other"))]
+    lines = [f"{head}{how}" for head, how in zip(heads, layer.engines().values(), strict=True)]
+    assert "\n".join(lines) in str(layer)
     assert layer.to_dict()["engines"] == layer.engines()

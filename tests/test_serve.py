@@ -26,11 +26,12 @@ ROOT = Path(molae.__file__).parents[1]
 PROMPT = "The function returns"
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example model, compressed without calibration."""
+@pytest.fixture(scope="module", params=["quality", "serving"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model in either form, compressed without calibration."""
     out = tmp_path_factory.mktemp("serve") / "artifact"
-    molae.run({"molae": 1, "model": str(ROOT / "examples" / "pocket-moe"), "budget": {"keep": 0.6}, "evaluate": None}, out)
+    recipe = {"molae": 1, "model": str(ROOT / "examples" / "pocket-moe"), "budget": {"keep": 0.6}, "evaluate": None}
+    molae.run({**recipe, "basis": {"profile": request.param}}, out)
     return out
 
 
@@ -78,11 +79,21 @@ def test_answers_are_those_of_the_model(server: str, artifact: Path) -> None:
     assert "".join(part["choices"][0]["text"] for part in parts if part["choices"]) == expected
 
 
+def test_options_of_the_server_are_passed_on(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    asked: list[list[str]] = []
+    monkeypatch.setattr("transformers.cli.transformers.app", lambda words, **_: asked.append(words))
+    answer = CliRunner().invoke(main, ["serve", str(artifact), "--dtype", "float32", "--port", "1", "--continuous-batching"])
+    assert answer.exit_code == 0, answer.output
+    default = ["serve", str(artifact), "--host", "localhost", "--port", "1"]
+    assert asked == [[*default, "--dtype", "float32", "--continuous-batching"]]
+
+
 def test_only_artifacts_are_served(tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi")
     answer = CliRunner().invoke(main, ["serve", str(tmp_path), "--port", "1"])
     assert answer.exit_code == 1
-    assert "report" in answer.output
+    assert "has no molae_report.json" in answer.output
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
     answer = CliRunner().invoke(main, ["serve", str(artifact)])
     assert answer.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from molae_compress.adapters import find_experts, layers_with_experts
 from molae_compress.calibration.replay import of_window, packed, unpacked
 from molae_compress.calibration.text import token_windows
 from molae_compress.calibration.walk import LayerArguments, model_inputs, set_submodule
+from molae_compress.checkpoint import Checkpoint
 from molae_compress.errors import ModelError, MolaeError
 from molae_compress.layouts import FLAGS
 from molae_compress.modeling import LatentExperts
+from molae_compress.modeling.quantizer import MolaeConfig
+from molae_compress.serving.stored import find_tensors
 from molae_compress.source import LiveSource, load_tokenizer
 from molae_compress.stream import forwarded
 from tests.zoo import MODELS, NO_BASIS, NO_LAYER_FORM, TEXT_MODEL_OF, VOCABULARY, zoo_config, zoo_logits, zoo_model
@@ -181,6 +185,18 @@ def test_streamed_from_disk_it_is_the_same(name: str, tmp_path: Path) -> None:
     assert_same(zoo_logits(loaded), expected, 1e-5)
     expand(tmp_path / "latent", tmp_path / "expanded")
     assert_same(zoo_logits(load(tmp_path / "expanded", type(model))), expected, 1e-4)
+    # However it came about, files name tensors alike, config.json names the modules of the class, and engines find both.
+    model.save_pretrained(tmp_path / "from memory")
+    loaded.save_pretrained(tmp_path / "again")
+    checkpoints = {place: Checkpoint.open(tmp_path / place) for place in ("latent", "from memory", "again")}
+    specs = {spec.name: spec for spec in find_experts(zoo_model(name))}
+    for place, stored in checkpoints.items():
+        assert stored.entries.keys() == checkpoints["latent"].entries.keys(), place
+        config = json.loads((tmp_path / place / "config.json").read_text())
+        shapes = MolaeConfig(**config["quantization_config"]).shapes()
+        assert shapes.keys() == specs.keys(), place
+        keys = [find_tensors(stored, path, specs[path], shape) for path, shape in shapes.items()]
+        assert len({key for found in keys for key in found.values()}) == sum(map(len, keys))
 
 
 def test_layer_by_layer_it_computes_the_same(name: str) -> None:

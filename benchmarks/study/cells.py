@@ -180,6 +180,11 @@ def known_rows(content: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
     }
 
 
+def of_baselines(rows: Mapping[Cell, dict[str, Any]], code: str) -> dict[Cell, dict[str, Any]]:
+    """Rows of other methods than this package's, each with the version of the code that it was measured with."""
+    return {cell: {"code_sha256": code, **row} for cell, row in rows.items() if not cell.recipes}
+
+
 def identity(study: Study, protocol: Protocol, model: Path, text_sha256: Mapping[str, str]) -> dict[str, Any]:
     """What results must have in common to stand in one file."""
     weights = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in sorted(model.glob("*.safetensors"))))

@@ -62,6 +62,7 @@ def find_tensors(checkpoint: Checkpoint, module: str, spec: ExpertsSpec, shape: 
         whole = f"{module}.{name}"
         same = [whole] if whole in checkpoint.entries else []
         same = same or [key for key in checkpoint.entries if key.endswith(f".{name}") and _layer(key) == _layer(module)]
+        same = [key for key in same if _in_layer(key) == _in_layer(whole)] or same  # a layer may have several modules
         if len(same) != 1 or checkpoint.entries[same[0]].shape != size:
             shapes = {key: checkpoint.entries[key].shape for key in same}
             raise CheckpointError(
