@@ -22,7 +22,7 @@ from molae_compress.kernels.gpu_tiles import ACTIVATIONS
 from molae_compress.modeling import LatentExperts
 from molae_compress.tensors import LatentShape
 from tests.test_modeling import attach_all_, logits, some_routing
-from tests.tiny import EXPERTS, FAMILIES, tiny_model
+from tests.tiny import EXPERTS, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,21 +81,6 @@ def test_a_swapped_gate_is_not_recognised() -> None:
 
 def test_transformers_knows_the_implementation() -> None:
     assert ALL_EXPERTS_FUNCTIONS["molae"] is gpu_experts.experts_forward
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "shape",
-    [None, LatentShape("layer", 16, 16, EXPERTS, EXPERTS), LatentShape("grouped", 12, 20, 2, 1)],
-    ids=["stock", "layer", "grouped"],
-)
-def test_on_a_cpu_the_answer_is_that_of_grouped_mm(family: str, shape: LatentShape | None) -> None:
-    model = tiny_model(family) if shape is None else attach_all_(tiny_model(family), shape)
-    model.set_experts_implementation("grouped_mm")
-    wanted = logits(model)
-    model.set_experts_implementation("molae")
-    assert model.config._experts_implementation == "molae"
-    assert torch.equal(logits(model), wanted)
 
 
 def test_the_kernels_are_asked_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ SHAPES = {
         ),
     ),
 }
-BACKENDS = ("eager", "batched_mm", "grouped_mm")
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "molae")
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -234,7 +234,7 @@ def test_the_moe_block_compiles_to_one_graph(name: str, tmp_path: Path, monkeypa
     monkeypatch.delattr(Basis, "_derive_rest")  # not a part of the graph: it was done while loading
     block = model.model.layers[0].mlp
     x = torch.randn(1, 6, HIDDEN)
-    for backend in ("grouped_mm", "batched_mm"):
+    for backend in ("grouped_mm", "batched_mm", "molae"):
         model.set_experts_implementation(backend)
         torch._dynamo.reset()
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

@@ -154,6 +154,10 @@ def test_full_rank_changes_nothing(name: str, profile: str) -> None:
     compress_(model, recipe)
     assert latent_experts(model) == paths
     assert_same(zoo_logits(model), expected, 1e-4)
+    for module in model.modules():
+        if isinstance(module, LatentExperts) and "config" in module.__dict__:
+            module.__dict__["config"]._experts_implementation = "molae"
+    assert_same(zoo_logits(model), expected, 1e-4)
 
 
 def test_compressed_it_is_saved_loaded_and_expanded(name: str, tmp_path: Path) -> None:

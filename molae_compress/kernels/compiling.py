@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = (
+    "cpu_entry.cc",
     "cpu_kernels.cc",
     "gpu_driver.cc",
     "gpu_launch.cc",

@@ -1,8 +1,9 @@
-"""The GPU kernels as an experts implementation of transformers: `experts_implementation="molae"`.
+"""The kernels as an experts implementation of transformers: `experts_implementation="molae"`.
 
-It serves stock fused experts classes and latent experts alike. Where the kernels cannot run (no CUDA device, a gradient is
-wanted, a graph is compiled, an activation they do not know) the answer is that of `grouped_mm`. triton is imported when a
-kernel is first wanted. Shape suffixes: see `molae_compress.tensors`.
+It serves stock fused experts classes and latent experts alike: on a CUDA device by GPU kernels, on a CPU by the operator
+library (`cpu_experts`). Where neither can run (a gradient is wanted, a graph is compiled, an activation they do not know,
+nothing was compiled) the answer is that of `grouped_mm`. triton is imported when a kernel is first wanted. Shape suffixes:
+see `molae_compress.tensors`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 # Not part of its public interface either; the fallback has to be the very function that it registers.
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from molae_compress.kernels import cpu_experts
 from molae_compress.kernels.activation import Activation, find_activation
 from molae_compress.kernels.gpu_operands import Matrices
 from molae_compress.kernels.gpu_problem import LatentExpertsProblem, LatentTensors
@@ -35,7 +37,10 @@ def register_experts() -> None:
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a fused experts class: `[T,H]` from inputs `[T,H]`, experts `[T,K]` and routing weights `[T,K]`."""
-    if can_run(hidden_states, experts.parameters(), experts.__dict__["num_experts"], top_k_weights):
+    weights, number = list(experts.parameters()), experts.__dict__["num_experts"]
+    pays = cpu_experts.pays(hidden_states.dtype, top_k_index.numel(), number)
+    on_cpu = pays and cpu_experts.can_run(hidden_states, weights, top_k_weights)
+    if on_cpu or can_run(hidden_states, weights, number, top_k_weights):
         found = stock_experts(experts, hidden_states, top_k_index, top_k_weights)
         if found is not None:
             return found
@@ -44,7 +49,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
 
 def can_run(x_TH: Tensor, weights: Iterable[Tensor], experts: int, *more: Tensor) -> bool:
-    """Whether the kernels can take these tensors: on a CUDA device, of one type, contiguous, and without a gradient."""
+    """Whether the GPU kernels can take these tensors: on a CUDA device, of one type, contiguous, and without a gradient."""
     if not x_TH.is_cuda or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
         return False
     held = [x_TH, *weights]
@@ -57,6 +62,19 @@ def can_run(x_TH: Tensor, weights: Iterable[Tensor], experts: int, *more: Tensor
 
 def stock_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor | None:
     """What a fused experts class of transformers computes, by the kernels; None if its activation is not one of theirs."""
+    matrices = stock_matrices(experts)
+    if matrices is None:
+        return None
+    bias_EH = experts.down_proj_bias if experts.has_bias else None
+    if not x_TH.is_cuda:
+        return cpu_experts.dense_experts(x_TH, index_TK, weight_TK, *matrices, bias_EH)
+    from molae_compress.kernels.gpu_latent import dense_experts
+
+    return dense_experts(x_TH.contiguous(), index_TK.contiguous(), weight_TK.contiguous(), *matrices, bias_EH)
+
+
+def stock_matrices(experts: Any) -> tuple[Matrices, Matrices] | None:
+    """The matrices of a fused experts class; None if the kernels do not know what it computes between them."""
     interleaved = experts.has_gate and not experts.is_concatenated
     activation = None
     if not getattr(experts, "has_post_expert_norm", False):
@@ -64,8 +82,6 @@ def stock_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tenso
         activation = known_activation(experts, activate, gated=experts.has_gate, interleaved=interleaved)
     if activation is None:
         return None
-    from molae_compress.kernels.gpu_latent import dense_experts
-
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     first = Matrices(
         getattr(experts, name),
@@ -75,15 +91,31 @@ def stock_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tenso
         bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
         activation=activation,
     )
-    second = Matrices(experts.down_proj, transposed=experts.is_transposed)
-    bias_EH = experts.down_proj_bias if experts.has_bias else None
-    return dense_experts(x_TH.contiguous(), index_TK.contiguous(), weight_TK.contiguous(), first, second, bias_EH)
+    return first, Matrices(experts.down_proj, transposed=experts.is_transposed)
+
+
+def layer_bank(held: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor | None:
+    """`[T,H]`: what experts in layer form add, without output biases; None where they are no matter for the CPU's library.
+
+    Args:
+        held: the module that holds `core`, a stock experts class, and the linear maps `encode` and `decode`.
+        x_TH: inputs.
+        index_TK: expert of each slot.
+        weight_TK: routing weights.
+    """
+    encode_RH, decode_HR = held.encode.weight, held.decode.weight
+    if not cpu_experts.can_run(x_TH, (encode_RH, decode_HR, *held.core.parameters()), weight_TK):
+        return None
+    matrices = stock_matrices(held.core)
+    if matrices is None:
+        return None
+    return cpu_experts.dense_experts(x_TH, index_TK, weight_TK, *matrices, encode_RH=encode_RH, decode_HR=decode_HR)
 
 
 def latent_bank(
     held: Any, spec: ExpertsSpec, shape: LatentShape, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
 ) -> Tensor | None:
-    """`[T,H]`: what one bank in grouped form adds, without output biases; None where `can_run` or the activation says no.
+    """`[T,H]`: what one bank in grouped form adds, without output biases; None where no kernels run it.
 
     Args:
         held: the module that holds `core`, `decode` and the bases of `shape`.
@@ -93,11 +125,15 @@ def latent_bank(
         index_TK: expert of each slot, E where it is none of this bank.
         weight_TK: routing weights.
     """
-    if not can_run(x_TH, held.parameters(), spec.num_experts, weight_TK):
+    weights = list(held.parameters())
+    on_cpu = cpu_experts.can_run(x_TH, weights, weight_TK)
+    if not on_cpu and not can_run(x_TH, weights, spec.num_experts, weight_TK):
         return None
     problem = bank_problem(held, spec, shape, x_TH, index_TK, weight_TK)
     if problem is None:
         return None
+    if on_cpu:
+        return cpu_experts.latent_experts(problem)
     from molae_compress.kernels.gpu_latent import latent_experts
 
     return latent_experts(problem)

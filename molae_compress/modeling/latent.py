@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from molae_compress.errors import ModelError
-from molae_compress.kernels.gpu_experts import NAME, latent_bank
+from molae_compress.kernels.gpu_experts import NAME, latent_bank, layer_bank
 from molae_compress.layouts import FLAGS, Layout, bare_copy, layout_of
 from molae_compress.layouts.singly import CalledSingly, single_names, weight_shapes, without_numbers
 from molae_compress.modeling.bases import Basis
-from molae_compress.modeling.cores import GroupedCore, layer_core
+from molae_compress.modeling.cores import GroupedCore, PlainCore, layer_core
 from molae_compress.modeling.routed import make_route, routed_sum
 from molae_compress.tensors import AnyShape, Bank, ExpertsSpec, Form, GateUp, LatentShape, Storage
 
@@ -115,7 +115,7 @@ class LatentExperts(_Tensors):
     def _of_bank(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T,H]: what the experts of one bank add."""
         if bank.shape.form == "layer":
-            y_TH: Tensor = held.decode(held.core(held.encode(x_TH), index_TK, weight_TK))
+            y_TH = self._layered(held, x_TH, index_TK, weight_TK)
         else:
             y_TH = self._grouped(held, bank, x_TH, index_TK, weight_TK)
         if held.decode_bias is not None:
@@ -189,8 +189,18 @@ class LatentExperts(_Tensors):
         banks = [f"{bank.spec.num_experts} x {bank.shape.rank_in}/{bank.shape.rank_out or 'dense'}" for bank in self._banks]
         return f"experts={self.num_experts}, form={self._banks[0].shape.form}, ranks={', '.join(banks)}"
 
+    def _implementation(self) -> str | None:
+        return getattr(self.__dict__.get("config"), "_experts_implementation", None)
+
+    def _layered(self, held: _Tensors, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        # Kernels read the tensors of the parts, past what an adapter adds.
+        bare = type(held.encode) is type(held.decode) is nn.Linear and not isinstance(held.core, PlainCore)
+        fused_TH = layer_bank(held, x_TH, index_TK, weight_TK) if bare and self._implementation() == NAME else None
+        y_TH: Tensor = held.decode(held.core(held.encode(x_TH), index_TK, weight_TK)) if fused_TH is None else fused_TH
+        return y_TH
+
     def _grouped(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        shape, implementation = bank.shape, getattr(self.__dict__.get("config"), "_experts_implementation", None)
+        shape, implementation = bank.shape, self._implementation()
         after = self.layout.after_expert(self)
         if implementation == NAME and after is None and _is_bare(held):
             fused_TH = latent_bank(held, bank.spec, shape, x_TH, index_TK, weight_TK)

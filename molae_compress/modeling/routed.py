@@ -15,7 +15,10 @@ from torch import Tensor
 # Semi-private helpers of transformers, imported in this one place.
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
-BACKENDS = ("eager", "batched_mm", "grouped_mm")
+from molae_compress.kernels import cpu_experts
+from molae_compress.kernels.gpu_experts import NAME
+
+BACKENDS = ("eager", "batched_mm", "grouped_mm", NAME)
 ALIGNMENT = 16  # bytes; grouped GEMM kernels refuse rows of other lengths
 
 
@@ -121,6 +124,10 @@ def _product(x_SN: Tensor, weight: Tensor, route: Route, experts_per_group: int,
     if route.ends_E is None:
         return _batched_linear(x_SN, weight[route.expert_S // experts_per_group], is_transposed=transposed)
     ends_G = route.ends_E[experts_per_group - 1 :: experts_per_group].contiguous()
+    if route.backend == NAME and cpu_experts.can_run(x_SN, [weight]):
+        if cpu_experts.pays(x_SN.dtype, x_SN.shape[0], weight.shape[0]):
+            return cpu_experts.product(x_SN, weight, ends_G, transposed=transposed)
+        return _looped_linear(x_SN, weight if transposed else weight.transpose(1, 2), ends_G)
     if route.backend == "eager":
         return _looped_linear(x_SN, weight if transposed else weight.transpose(1, 2), ends_G)
     # Both widths count, because the backward pass swaps them.

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 
 from molae_compress.errors import CheckpointError, ModelError
+from molae_compress.kernels import cpu_experts
 from molae_compress.serving.artifact import EXPAND, Module, ServedArtifact, empty_share, kernel_computes
 from molae_compress.serving.share import Share, cut_layer_form
 from molae_compress.tensors import ExpertsSpec, LatentShape
@@ -170,9 +171,9 @@ class LayerFormMethod(UnquantizedFusedMoEMethod):
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Tensor:
         """[T,H] from inputs [T,H] and vLLM's routing [T,K]."""
-        z_TW = F.linear(x, layer.encode)
+        z_TW = _linear(x, layer.encode)
         y_TW = super().apply(layer, z_TW, *_kernel_slots(layer, topk_weights, topk_ids), **shared)
-        y_TH = F.linear(y_TW, layer.decode)
+        y_TH = _linear(y_TW, layer.decode)
         if self._module.spec.has_bias:
             own_weights, own_ids = _own_slots(layer, topk_weights, topk_ids)
             routing_TE = own_weights.new_zeros(x.shape[0], layer.decode_bias.shape[0]).scatter_add(1, own_ids, own_weights)
@@ -181,8 +182,16 @@ class LayerFormMethod(UnquantizedFusedMoEMethod):
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """The same where the kernel routes by itself."""
-        y_TW = super().apply_monolithic(layer, F.linear(x, layer.encode), router_logits, input_ids)
-        return F.linear(y_TW, layer.decode)
+        y_TW = super().apply_monolithic(layer, _linear(x, layer.encode), router_logits, input_ids)
+        return _linear(y_TW, layer.decode)
+
+
+def _linear(x_TN: Tensor, weight_MN: Tensor) -> Tensor:
+    """[T,M]: a projection of the layer form."""
+    if not current_platform.is_cpu():
+        return F.linear(x_TN, weight_MN)
+    y_TM: Tensor = torch.ops.molae_compress.served_projection(x_TN, weight_MN)
+    return y_TM
 
 
 def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -245,7 +254,21 @@ class GroupedFormMethod(FusedMoEMethodBase):
         return answer
 
 
-# One operator, into which a compiler does not look: how many rows an expert has depends on the data.
+# Operators, into which a compiler does not look: the addresses of tensors are for calls only.
+@torch.library.custom_op("molae_compress::served_projection", mutates_args=())
+def served_projection(x_TN: Tensor, weight_MN: Tensor) -> Tensor:
+    """[T,M]: `x weight^T` on a CPU, by the operator library where it is the faster one."""
+    if cpu_experts.pays(x_TN.dtype, x_TN.shape[0], 1) and cpu_experts.can_run(x_TN, [weight_MN]):
+        return cpu_experts.product(x_TN, weight_MN, transposed=False)
+    return F.linear(x_TN, weight_MN)
+
+
+@served_projection.register_fake
+def _(x_TN: Tensor, weight_MN: Tensor) -> Tensor:
+    return x_TN.new_empty(x_TN.shape[0], weight_MN.shape[0])
+
+
+# And here how many rows an expert has depends on the data.
 @torch.library.custom_op("molae_compress::served_experts", mutates_args=())
 def served_experts(x_TH: Tensor, weight_TK: Tensor, index_TK: Tensor, layer: str) -> Tensor:
     """[T,H]: what the latent experts of the layer of that name add."""

@@ -20,9 +20,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.platforms import current_platform
 
-from molae_compress.kernels.gpu_experts import NAME as GPU_KERNELS
+from molae_compress.kernels.gpu_experts import NAME as KERNELS
 from molae_compress.modeling.quantizer import METHOD, MolaeConfig
 from molae_compress.serving.artifact import ServedArtifact
 from molae_compress.serving.experts import DenseMethod, GroupedFormMethod, LayerFormMethod
@@ -105,7 +104,7 @@ def _open(config: VllmConfig, shapes: Mapping[str, AnyShape]) -> ServedArtifact:
         model.hf_config,
         shapes,
         folder,
-        implementation=GPU_KERNELS if current_platform.is_cuda_alike() else "grouped_mm",
+        implementation=KERNELS,
         is_whole=config.parallel_config.pipeline_parallel_size == 1,
         trust_remote_code=model.trust_remote_code,
     )

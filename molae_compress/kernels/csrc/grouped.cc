@@ -7,7 +7,7 @@ constexpr int64_t kFewRows = 4;          // as in cpu_kernels.inc: weights are t
 constexpr int64_t kRows = 96;            // of a tile of many rows
 constexpr int64_t kWidth = 128;          // of a tile of many rows, before a gate joins two of them
 constexpr int64_t kSpan = 512;           // widest tile of few rows
-constexpr int64_t kReadBytes = 1 << 18;  // of weights that few rows read in one task: long enough to stream, short enough to share
+constexpr int64_t kReadBytes = 1 << 18;  // of weights that one row reads in one task: long enough to stream, short enough to share
 constexpr int64_t kTile = kRows * kWidth;
 static_assert(kTile >= kFewRows * kSpan, "few rows share the buffers of many");
 
@@ -37,7 +37,7 @@ class Runner {
         item_(static_cast<int64_t>(size_of(product.type))),
         columns_per_output_(product.activation.gated && product.interleaved && weights_ == 1 ? 2 : 1) {}
 
-  void plan(Scratch& scratch);
+  void plan(Memory& memory);
   void compute(const Task& task) const;
   void finish(const Split& split, int64_t begin, int64_t end) const;
 
@@ -54,7 +54,7 @@ class Runner {
   void multiply(int operand, const Task& task, int64_t column, int64_t columns, int64_t input, int64_t inputs, float* c,
                 int64_t ldc) const;
   void store(int64_t group, int64_t row, int64_t begin, int64_t end, const float* gate, const float* up) const;
-  void plan_few(Scratch& scratch, const Segment& segment);
+  void plan_few(Memory& memory, const Segment& segment);
 
   const GroupedProduct& p_;
   const Kernels& kernels_;
@@ -62,11 +62,11 @@ class Runner {
   const int64_t item_, columns_per_output_;
 };
 
-void Runner::plan(Scratch& scratch) {
+void Runner::plan(Memory& memory) {
   const int64_t width = p_.width();
   for (const Segment& segment : p_.segments) {
     if (segment.end - segment.begin <= kFewRows) {
-      plan_few(scratch, segment);
+      plan_few(memory, segment);
       continue;
     }
     const int64_t rows = segment.end - segment.begin, blocks = (rows + kRows - 1) / kRows, block = (rows + blocks - 1) / blocks;
@@ -76,19 +76,21 @@ void Runner::plan(Scratch& scratch) {
   }
 }
 
-void Runner::plan_few(Scratch& scratch, const Segment& segment) {
+void Runner::plan_few(Memory& memory, const Segment& segment) {
   const int64_t rows = segment.end - segment.begin, width = p_.width();
   const bool outputs_first = p_.layout == Layout::kOutputsFirst;
   const int64_t line = std::max<int64_t>(1, (outputs_first ? p_.k : p_.n) * item_);
-  const int64_t lines = std::max<int64_t>(8, kReadBytes / line / 8 * 8);
+  int64_t lines = std::max<int64_t>(8, kReadBytes / line / 8 * 8);
   if (outputs_first || (p_.k <= lines && p_.n <= kSpan / 2)) {
     const int64_t span = std::min(outputs_first ? lines : kSpan, kSpan) / columns_per_output_;
     for (int64_t o = 0; o < width; o += span) tasks.push_back({&segment, segment.begin, rows, o, std::min(width, o + span)});
     return;
   }
-  // Whole rows of the weight in each task: they follow each other in memory.
+  // Whole rows of the weight in each task: they follow each other in memory. More of them for more rows, whose shares of the sums
+  // would be as much to write and to read again as the weights.
+  lines *= rows;
   const int64_t shares = (p_.k + lines - 1) / lines, size = weights_ * rows * padded(p_.n);
-  float* partial = scratch.floats(shares, size);
+  float* partial = memory.floats(shares, size);
   splits.push_back({&segment, partial, shares});
   for (int64_t i = 0; i < shares; ++i)
     tasks.push_back({&segment, segment.begin, rows, i * lines, std::min(p_.k, (i + 1) * lines), partial + i * size});
@@ -185,13 +187,13 @@ void Runner::store(int64_t group, int64_t row, int64_t begin, int64_t end, const
 
 }  // namespace
 
-void run(const Call& call, Scratch& scratch, const GroupedProduct& product) {
+void run(const Threads& threads, Memory& memory, const GroupedProduct& product) {
   if (product.width() == 0 || product.segments.empty()) return;
   Runner runner(product);
-  runner.plan(scratch);
-  call.parallel(static_cast<int64_t>(runner.tasks.size()), [&](int64_t i) { runner.compute(runner.tasks[i]); });
+  runner.plan(memory);
+  threads.parallel(static_cast<int64_t>(runner.tasks.size()), [&](int64_t i) { runner.compute(runner.tasks[i]); });
   const int64_t width = product.width(), spans = (width + kSpan - 1) / kSpan, splits = static_cast<int64_t>(runner.splits.size());
-  call.parallel_rows(splits * spans, 16 * kSpan, [&](int64_t i) {
+  threads.parallel_rows(splits * spans, 16 * kSpan, [&](int64_t i) {
     const int64_t begin = i % spans * kSpan;
     runner.finish(runner.splits[i / spans], begin, std::min(width, begin + kSpan));
   });

@@ -37,7 +37,7 @@ struct GroupedProduct {
   int64_t width() const { return activation.gated && up_weight == nullptr ? n / 2 : n; }
 };
 
-void run(const Call& call, Scratch& scratch, const GroupedProduct& product);
+void run(const Threads& threads, Memory& memory, const GroupedProduct& product);
 
 // The activation that the attributes of a node describe, and whether its gate and up columns alternate.
 Activation read_activation(const Attributes& attributes, bool* interleaved);

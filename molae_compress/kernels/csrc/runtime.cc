@@ -138,10 +138,10 @@ float* Scratch::floats(int64_t rows, int64_t width) {
   return static_cast<float*>(block);
 }
 
-const float* as_floats(const Call& call, Scratch& scratch, Element type, const void* data, int64_t rows, int64_t width) {
+const float* as_floats(const Threads& threads, Memory& memory, Element type, const void* data, int64_t rows, int64_t width) {
   if (type == Element::kFloat) return static_cast<const float*>(data);
-  float* copy = scratch.floats(rows, width);
-  call.parallel_rows(rows, width, [&](int64_t row) {
+  float* copy = memory.floats(rows, width);
+  threads.parallel_rows(rows, width, [&](int64_t row) {
     const char* source = static_cast<const char*>(data) + row * width * static_cast<int64_t>(size_of(type));
     cpu_kernels().widen(type, source, copy + row * width, width);
   });

@@ -2,7 +2,6 @@
 // leave this library: `guarded` turns them into what ONNX Runtime takes for an error.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -13,6 +12,7 @@
 
 #include "cpu_kernels.h"
 #include "ort_abi.h"
+#include "work.h"
 
 namespace molae {
 
@@ -114,41 +114,23 @@ struct Tensor {
   void expect_rank(size_t rank, const char* meaning) const;
 };
 
-// One call of an operator.
-class Call {
+// One call of an operator, and the threads of its session.
+class Call : public Threads {
  public:
   Call(Ort ort, void* context, void* allocator) : ort_(ort), context_(context), allocator_(allocator) {}
 
   Tensor input(size_t index, const char* name) const;
   void* output(const std::vector<int64_t>& dims) const;
 
-  // Runs `body(i)` for all i below `count` on the threads of the session. It must not throw.
-  template <class Body>
-  void parallel(int64_t count, Body&& body) const {
-    if (count == 1) return body(int64_t{0});
-    if (count <= 0) return;
-    using Plain = std::remove_reference_t<Body>;
-    auto run = [](void* data, size_t i) { (*static_cast<Plain*>(data))(static_cast<int64_t>(i)); };
-    ort_(Fn::KernelContext_ParallelFor, static_cast<const void*>(context_), static_cast<void (*)(void*, size_t)>(run),
-         static_cast<size_t>(count), size_t{0}, const_cast<void*>(static_cast<const void*>(&body)));
-  }
-
-  // The same in blocks of neighbours, as many to a block as make `cost` (of one) worth handing to a thread.
-  template <class Body>
-  void parallel_rows(int64_t count, int64_t cost, Body&& body) const {
-    const int64_t block = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost));
-    parallel((count + block - 1) / block, [&](int64_t i) {
-      const int64_t end = std::min(count, (i + 1) * block);
-      for (int64_t row = i * block; row < end; ++row) body(row);
-    });
-  }
-
   const Ort& ort() const { return ort_; }
   void* context() const { return context_; }
   void* allocator() const { return allocator_; }
 
  private:
-  static constexpr int64_t kWorthAThread = 1 << 14;  // simple operations: a few microseconds
+  void each(size_t count, Body body, void* data) const override {
+    ort_(Fn::KernelContext_ParallelFor, static_cast<const void*>(context_), body, count, size_t{0}, data);
+  }
+
   Ort ort_;
   void* context_;
   void* allocator_;
@@ -156,21 +138,18 @@ class Call {
 
 // Memory of one call, from the session's own allocator: its arena has it ready, where fresh pages would cost as much as the
 // arithmetic on them.
-class Scratch {
+class Scratch : public Memory {
  public:
   explicit Scratch(const Call& call) : call_(call) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch();
+  ~Scratch() override;
 
-  float* floats(int64_t rows, int64_t width);
+  float* floats(int64_t rows, int64_t width) override;
 
  private:
   const Call& call_;
   std::vector<void*> blocks_;
 };
-
-// The numbers of a tensor as floats: its own if they are floats, otherwise a copy.
-const float* as_floats(const Call& call, Scratch& scratch, Element type, const void* data, int64_t rows, int64_t width);
 
 }  // namespace molae
