@@ -15,7 +15,7 @@ from molae_compress.kernels import build, compiling, cpu_experts
 from molae_compress.modeling import to_dense
 from molae_compress.tensors import LatentShape
 from tests.test_modeling import SHAPES, attach_all_, dense_reference, logits, some_latent, some_routing
-from tests.tiny import EXPERTS, FAMILIES, HIDDEN, tiny_model
+from tests.tiny import EXPERTS, FAMILIES, HIDDEN, TOP_K, tiny_model
 
 pytestmark = pytest.mark.skipif(compiling.find_compiler() is None, reason="no C++ compiler")
 
@@ -109,23 +109,38 @@ def test_the_layer_form_is_one_call_with_its_projections(calls: list[str], monke
     assert len(calls) == 1
 
 
-def test_parts_that_adapters_stand_around_are_computed_by_products(calls: list[str]) -> None:
-    class Around(nn.Module):
-        def __init__(self, basis: nn.Module) -> None:
-            super().__init__()
-            self.basis = basis
+class Around(nn.Module):
+    """What an adapter puts in the place of a part."""
 
-        def forward(self, *args: object) -> Tensor:
-            return self.basis(*args)
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
 
-    latent = some_latent("qwen3_moe", SHAPES["orthonormal"])
+    def forward(self, *args: object) -> Tensor:
+        return 2 * self.part(*args)
+
+
+# The core of the layer form is a stock class, which takes the library by itself.
+@pytest.mark.parametrize("part", ["encode", "core", "decode"])
+@pytest.mark.parametrize(
+    ("shape", "wanted_calls"),
+    [("orthonormal", ["molae_cpu_product"] * 4), ("layer", ["molae_cpu_experts"])],
+    ids=["grouped", "layer"],
+)
+def test_parts_that_something_stands_around_or_watches_are_called(
+    shape: str, part: str, wanted_calls: list[str], calls: list[str]
+) -> None:
     routing = some_routing()
-    wanted = latent(*routing)
-    latent.encode = Around(latent.encode)
-    latent.config._experts_implementation = "molae"
+    wrapped, watched = (some_latent("qwen3_moe", SHAPES[shape]) for _ in range(2))
     with torch.no_grad():
-        torch.testing.assert_close(latent(*routing), wanted, rtol=1e-5, atol=1e-5)
-    assert calls == ["molae_cpu_product"] * 4
+        wrapped.add_module(part, Around(wrapped.get_submodule(part)))
+        watched.get_submodule(part).register_forward_hook(lambda _, __, out: 2 * out)
+        for latent in (wrapped, watched):
+            wanted = latent(*routing)
+            latent.config._experts_implementation = "molae"
+            calls.clear()
+            torch.testing.assert_close(latent(*routing), wanted, rtol=1e-5, atol=1e-4)
+            assert calls == wanted_calls
 
 
 def test_many_rows_of_dense_experts_in_bfloat16_are_left_to_torch(calls: list[str]) -> None:
@@ -178,6 +193,58 @@ def test_an_expert_that_does_not_exist_is_an_error() -> None:
     x_TH, index_TK, weight_TK = some_routing()
     with torch.no_grad(), pytest.raises(KernelError, match=f"'index' is -1 for token 0, expected 0 to {EXPERTS}"):
         latent(x_TH, index_TK.fill_(-1), weight_TK)
+
+
+def test_tensors_of_other_sizes_than_those_of_the_call_are_an_error() -> None:
+    """The library itself only has addresses, behind which it would read on."""
+    layer, pivoted = (some_latent("qwen3_moe", SHAPES[name]).requires_grad_(False) for name in ("layer", "interpolative"))
+    x_TH, index_TK, weight_TK = some_routing()
+    for latent in (layer, pivoted):
+        latent.config._experts_implementation = "molae"
+        with pytest.raises(KernelError, match=r"\[11, 2\] and \[11, 1\]"):
+            latent.routed(x_TH, index_TK, weight_TK[:, :1])
+        with pytest.raises(KernelError, match="11 tokens"):
+            latent.routed(x_TH, index_TK[:5], weight_TK[:5])
+    down = layer.core.down_proj
+    down.data = down.data[: EXPERTS // 2].contiguous()
+    with pytest.raises(KernelError, match=f"'down' is {down.numel()} numbers .*, expected {2 * down.numel()}"):
+        layer(x_TH, index_TK, weight_TK)
+    pivoted.encode.pivots = pivoted.encode.pivots.long()
+    with pytest.raises(KernelError, match=r"'encode_pivots' .* expected 48 of torch.int32"):
+        pivoted(x_TH, index_TK, weight_TK)
+    with pytest.raises(KernelError, match="rows of 4 numbers"):
+        cpu_experts.product(torch.ones(2, 4), torch.ones(1, 3, 5), transposed=False)
+
+
+def many_slots(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    index_TK = torch.randint(EXPERTS, (tokens, TOP_K), generator=generator)
+    return torch.randn(tokens, HIDDEN, generator=generator), index_TK, torch.rand(tokens, TOP_K, generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["layer", "interpolative", "banks"])
+def test_what_was_traced_computes_with_other_inputs(name: str, calls: list[str]) -> None:
+    latent = some_latent("qwen3_moe", SHAPES[name]).requires_grad_(False)
+    latent.config._experts_implementation = "molae"
+    traced = torch.jit.trace(lambda *routing: latent(*routing), many_slots(60, 0), check_trace=False)
+    assert not calls
+    torch.testing.assert_close(traced(*many_slots(60, 1)), latent(*many_slots(60, 1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "layer", "interpolative"])
+def test_exported_graphs_take_any_number_of_tokens(name: str | None) -> None:
+    model = tiny_model("qwen3_moe")
+    experts = model.get_submodule("model.layers.1.mlp.experts") if name is None else some_latent("qwen3_moe", SHAPES[name])
+    experts.to(torch.bfloat16).requires_grad_(False).config._experts_implementation = "molae"
+    x_TH, index_TK, weight_TK = some_routing(torch.bfloat16)
+    tokens = {0: torch.export.Dim("tokens", min=2, max=4096)}
+    sizes = (tokens,) * 3 if name is None else ((tokens,) * 3,)
+    exported = torch.export.export(experts, (x_TH, index_TK, weight_TK), dynamic_shapes=sizes).module()
+    x_TH, index_TK, weight_TK = many_slots(200, 2)
+    routing = x_TH.bfloat16(), index_TK, weight_TK.bfloat16()
+    wanted = experts(*routing)
+    assert (exported(*routing) - wanted).norm() <= TYPES[torch.bfloat16] * wanted.norm()
 
 
 def test_the_library_works_on_the_threads_of_torch() -> None:

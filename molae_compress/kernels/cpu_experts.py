@@ -84,9 +84,14 @@ def _parallel() -> int | None:
         return None
 
 
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer follows the call: what the library writes is no operation of torch to them."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def can_run(x_TH: Tensor, weights: Iterable[Tensor], *more: Tensor) -> bool:
     """Whether the library is there and takes these tensors: on a CPU, of one type, contiguous, and without a gradient."""
-    if x_TH.device.type != "cpu" or x_TH.dtype not in _ELEMENTS or torch.compiler.is_compiling():
+    if x_TH.device.type != "cpu" or x_TH.dtype not in _ELEMENTS or is_recorded():
         return False
     wants_gradient, kind = torch.is_grad_enabled(), x_TH.dtype
     if type(x_TH) not in _PLAIN or (wants_gradient and any(tensor.requires_grad for tensor in (x_TH, *more))):
@@ -119,6 +124,8 @@ def product(a_SN: Tensor, weight: Tensor, ends_G: Tensor | None = None, *, trans
     N, M = weight.shape[-2:] if transposed else weight.shape[:-3:-1]
     out_SM = a_SN.new_empty(a_SN.shape[0], M)
     groups = 1 if ends_G is None else weight.shape[0]
+    if a_SN.shape[1] != N or weight.numel() != groups * N * M or (ends_G is not None and ends_G.shape != (groups,)):
+        raise _error(f"rows of {a_SN.shape[1]} numbers do not fit a weight of shape {list(weight.shape)}")
     sizes, places = (a_SN.shape[0], N, M, groups), map(_address, (a_SN, weight, ends_G, out_SM))
     _call("molae_cpu_product", _Product(_pool(), _ELEMENTS[a_SN.dtype], transposed, *sizes, *places))
     return out_SM
@@ -206,12 +213,39 @@ def dense_experts(
 def _experts(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, tensors: dict[str, Tensor], **fields: Any) -> Tensor:
     x_TH, index_TK, routing_TK = x_TH.contiguous(), index_TK.long().contiguous(), weight_TK.float().contiguous()
     y_TH = torch.empty_like(x_TH)
-    tensors = tensors | {"x": x_TH, "index": index_TK, "routing": routing_TK, "y": y_TH}
     (T, H), K = x_TH.shape, index_TK.shape[1]
+    if not index_TK.shape == routing_TK.shape == (T, K):
+        shapes = f"{list(index_TK.shape)} and {list(routing_TK.shape)}"
+        raise _error(f"{T} tokens have experts and routing weights of the shapes {shapes}")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _check(tensors, x_TH.dtype, H, **fields)
+    tensors |= {"x": x_TH, "index": index_TK, "routing": routing_TK, "y": y_TH}
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     call = _Experts(pool=_pool(), element=_ELEMENTS[x_TH.dtype], tokens=T, hidden=H, top_k=K, **fields, **places)
     _call("molae_cpu_experts", call)
     return y_TH
+
+
+def _check(tensors: dict[str, Tensor], dtype: torch.dtype, H: int, **fields: Any) -> None:
+    """Raises `KernelError` unless the tensors are as large as the call takes them for, and of its types."""
+    E, intermediate, rank_in, rank_out = (fields[name] for name in ("experts", "intermediate", "rank_in", "rank_out"))
+    rows_in, rows_out = E // fields["input_group"] * rank_in, E // fields["output_group"] * rank_out
+    J = intermediate * (1 + fields["gated"])
+    sizes = {
+        "core": E * (rank_in or H) * (intermediate if "core_up" in tensors else J),
+        "core_up": E * rank_in * intermediate,
+        "core_bias": E * J,
+        "down": E * intermediate * (rank_out or H),
+        "decode_bias": E * H,
+    }
+    for name, rows, rank in (("encode", rows_in, rank_in), ("up_encode", rows_in, rank_in), ("decode", rows_out, rank_out)):
+        sizes[f"{name}_pivots"] = rows
+        sizes[name] = rows * (H - rank if f"{name}_pivots" in tensors else H)
+    for name, tensor in tensors.items():
+        wanted = torch.int32 if name.endswith("pivots") else dtype
+        if tensor.numel() != sizes[name] or tensor.dtype != wanted or tensor.device.type != "cpu":
+            found = f"{tensor.numel()} numbers of {tensor.dtype} on {tensor.device}"
+            raise _error(f"'{name}' is {found}, expected {sizes[name]} of {wanted} on cpu")
 
 
 def _pool() -> _Pool:
@@ -225,8 +259,12 @@ def _address(tensor: Tensor | None) -> int | None:
 def _call(name: str, call: _Product | _Experts) -> None:
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     if getattr(_library(), name)(ctypes.byref(call), message, _MESSAGE_BYTES):
-        raise KernelError(
-            f"The experts cannot be computed: {message.value.decode(errors='replace')}.",
-            why="The routing or the tensors do not fit each other.",
-            remedy='Load the model with experts_implementation="eager", which says where.',
-        )
+        raise _error(message.value.decode(errors="replace"))
+
+
+def _error(problem: str) -> KernelError:
+    return KernelError(
+        f"The experts cannot be computed: {problem}.",
+        why="The routing or the tensors do not fit each other.",
+        remedy='Load the model with experts_implementation="eager", which says where.',
+    )

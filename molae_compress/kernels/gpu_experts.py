@@ -38,8 +38,10 @@ def register_experts() -> None:
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a fused experts class: `[T,H]` from inputs `[T,H]`, experts `[T,K]` and routing weights `[T,K]`."""
     weights, number = list(experts.parameters()), experts.__dict__["num_experts"]
-    pays = cpu_experts.pays(hidden_states.dtype, top_k_index.numel(), number)
-    on_cpu = pays and cpu_experts.can_run(hidden_states, weights, top_k_weights)
+    # Asked last: in a compiled graph the answer would tie it to a number of tokens.
+    on_cpu = cpu_experts.can_run(hidden_states, weights, top_k_weights) and cpu_experts.pays(
+        hidden_states.dtype, top_k_index.numel(), number
+    )
     if on_cpu or can_run(hidden_states, weights, number, top_k_weights):
         found = stock_experts(experts, hidden_states, top_k_index, top_k_weights)
         if found is not None:
@@ -50,7 +52,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
 def can_run(x_TH: Tensor, weights: Iterable[Tensor], experts: int, *more: Tensor) -> bool:
     """Whether the GPU kernels can take these tensors: on a CUDA device, of one type, contiguous, and without a gradient."""
-    if not x_TH.is_cuda or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
+    if not x_TH.is_cuda or cpu_experts.is_recorded() or importlib.util.find_spec("triton") is None:
         return False
     held = [x_TH, *weights]
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*held, *more))

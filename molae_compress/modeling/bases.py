@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molae_compress.kernels.cpu_experts import is_recorded
 from molae_compress.modeling.routed import Route, routed_linear
 from molae_compress.tensors import PIVOT_DTYPE, Storage
 
@@ -101,8 +102,8 @@ class Basis(nn.Module):
         assert route is not None
         size, ends_E = self.experts_per_group, route.ends_E
         group_N = route.expert_S if size == 1 else route.expert_S // size
-        many = x_NW.device.type == "cpu" and x_NW.shape[0] >= _ROWS * self.groups and not torch.compiler.is_compiling()
-        return group_N, ends_E[size - 1 :: size] if many and ends_E is not None and route.stranger_S1 is None else None
+        many = x_NW.device.type == "cpu" and not is_recorded() and x_NW.shape[0] >= _ROWS * self.groups
+        return group_N, ends_E[size - 1 :: size] if many and ends_E is not None else None
 
     def _rest_GC(self) -> Tensor:
         """[G,H-R] int32: the columns that are no pivots, ascending.

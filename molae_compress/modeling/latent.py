@@ -19,7 +19,7 @@ from molae_compress.kernels.gpu_experts import NAME, latent_bank, layer_bank
 from molae_compress.layouts import FLAGS, Layout, bare_copy, layout_of
 from molae_compress.layouts.singly import CalledSingly, single_names, weight_shapes, without_numbers
 from molae_compress.modeling.bases import Basis
-from molae_compress.modeling.cores import GroupedCore, PlainCore, layer_core
+from molae_compress.modeling.cores import GroupedCore, layer_core
 from molae_compress.modeling.routed import make_route, routed_sum
 from molae_compress.tensors import AnyShape, Bank, ExpertsSpec, Form, GateUp, LatentShape, Storage
 
@@ -193,16 +193,15 @@ class LatentExperts(_Tensors):
         return getattr(self.__dict__.get("config"), "_experts_implementation", None)
 
     def _layered(self, held: _Tensors, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        # Kernels read the tensors of the parts, past what an adapter adds.
-        bare = type(held.encode) is type(held.decode) is nn.Linear and not isinstance(held.core, PlainCore)
-        fused_TH = layer_bank(held, x_TH, index_TK, weight_TK) if bare and self._implementation() == NAME else None
+        bare = self._implementation() == NAME and _is_bare(held, nn.Linear, type(self.__dict__["_stock"]))
+        fused_TH = layer_bank(held, x_TH, index_TK, weight_TK) if bare else None
         y_TH: Tensor = held.decode(held.core(held.encode(x_TH), index_TK, weight_TK)) if fused_TH is None else fused_TH
         return y_TH
 
     def _grouped(self, held: _Tensors, bank: Bank, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         shape, implementation = bank.shape, self._implementation()
         after = self.layout.after_expert(self)
-        if implementation == NAME and after is None and _is_bare(held):
+        if implementation == NAME and after is None and _is_bare(held, Basis, GroupedCore):
             fused_TH = latent_bank(held, bank.spec, shape, x_TH, index_TK, weight_TK)
             if fused_TH is not None:
                 return fused_TH
@@ -222,9 +221,10 @@ class LatentExperts(_Tensors):
         return routed_sum(y_SH if after is None else after(y_SH), weight_TK, route)
 
 
-def _is_bare(held: _Tensors) -> bool:
-    """Whether nothing stands around the parts of a bank: kernels read their tensors, past what an adapter adds."""
-    return all(isinstance(part, (Basis, GroupedCore)) for name, part in held.named_children() if name in _PARTS)
+def _is_bare(held: _Tensors, *kinds: type[nn.Module]) -> bool:
+    """Whether nothing stands around the parts of a bank: kernels read their tensors, past what adapters and hooks do."""
+    parts = [part for name, part in held.named_children() if name in _PARTS]
+    return all(type(part) in kinds and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
 
 
 def _add_tensors_(holder: nn.Module, experts: nn.Module, layout: Layout, bank: Bank, like: Tensor) -> None:

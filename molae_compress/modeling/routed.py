@@ -82,7 +82,7 @@ def make_route(index_TK: Tensor, num_experts: int, implementation: str | None, *
     top_k, expert_S = index_TK.shape[1], index_TK.reshape(-1)
     slot_S = torch.arange(expert_S.shape[0], device=expert_S.device)
     left_out = None
-    if strangers and (backend == "eager" or expert_S.device.type == "cpu") and not torch.compiler.is_compiling():
+    if strangers and (backend == "eager" or expert_S.device.type == "cpu") and not cpu_experts.is_recorded():
         slot_S = (expert_S < num_experts).nonzero()[:, 0]
         expert_S, left_out, strangers = expert_S[slot_S], (slot_S, index_TK.numel()), False
     if backend == "batched_mm":
