@@ -204,11 +204,16 @@ def table(found: dict[str, Any]) -> list[str]:
         cells = [ROWS[row["way"]][0], f"{row['tokens']:,}", f"{row['seconds']:.0f}", f"{row['trained_parameters']:,}"]
         for after in row["texts"].values():
             cells += [
-                f"{after['perplexity']:.2f} ({after['recovered']:.0%})",
-                f"{after['kl']:.3f} ({after['kl_recovered']:.0%})",
+                f"{after['perplexity']:.2f} ({share(after['recovered'])})",
+                f"{after['kl']:.3f} ({share(after['kl_recovered'])})",
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def share(value: float) -> str:
+    """A share in percent, without a sign before nothing."""
+    return f"{round(100 * value) + 0:d}%"
 
 
 def studies_in(folder: Path) -> list[dict[str, Any]]:
