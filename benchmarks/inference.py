@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from molae_compress.kernels.library import library_path
 from study.marked import ROOT, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
@@ -334,6 +335,7 @@ def main() -> None:
     if args.page:
         write_table(PAGE, "inference", Path(__file__).name, table(json.loads(args.results.read_text(encoding="utf-8"))))
         return
+    library_path()  # without it `molae` would be `grouped_mm`
     asked = {key: value for key, value in vars(args).items() if type(value) in (int, list)}
     types = {dtype: measured(args, dtype) for dtype in args.dtypes}
     results = {"asked": asked, "threads": torch.get_num_threads(), "types": types}
