@@ -52,6 +52,7 @@ from molae_compress.prediction import Prediction
 from molae_compress.probes import STAGE as PROBE
 from molae_compress.probes import check_max_kl, final_shapes, measured_plan
 from molae_compress.proof import check_called_singly
+from molae_compress.ranks import bank_count
 from molae_compress.recipe import Recipe
 from molae_compress.recipe.files import format_size
 from molae_compress.recipe.sections import Calibration, Evaluate
@@ -299,6 +300,7 @@ class _Job:
         observed = {key: value for key, value in keys.items() if not key.startswith(("budget", "refit", "heal", "output"))}
         # who shares a basis is measured with the spectra, for recipes that go by them
         observed |= {key: keys[key] for key in ("refit.shrinkage", "budget.allocate")}
+        observed["budget.banks: 1"] = str(bank_count(self.recipe) == 1)  # then output bases may be shared too
         solved = {key: value for key, value in keys.items() if key != "heal.router_steps"}
         tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
         probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}

@@ -80,7 +80,7 @@ def _in_pairs(recipe: Recipe, module: Module, spectra: LayerSpectra) -> list[tup
     found = [(module, spectra)]
     if spectra.paired_E is not None:
         for inputs, outputs in ((True, False), (False, True), (True, True)):
-            if not outputs or spectra.paired_output_GM is not None:
+            if not outputs or (spectra.paired_output_GM is not None and bank_count(recipe) == 1):
                 sizes = (1 + inputs, 1 + outputs)
                 paired = Module.of(recipe, module.spec, module.dtype, sizes)
                 found.append((paired, spectra.in_pairs(inputs, outputs)))

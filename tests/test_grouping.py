@@ -233,6 +233,8 @@ def test_a_work_directory_serves_every_budget(own_checkpoint: CheckpointMaker, t
     uniform = recipe_for(source, "budget.keep=0.5", "budget.allocate=uniform")
     with pytest.raises(ResumeError, match="allocate"):
         molae.plan(uniform, measured=True, work_dir=tmp_path / "work")
+    with pytest.raises(ResumeError, match="banks: 1"):
+        molae.plan(recipe_for(source, "budget.banks=1"), measured=True, work_dir=tmp_path / "work")
 
 
 def test_spectra_of_another_device_end_on_the_cpu() -> None:
