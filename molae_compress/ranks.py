@@ -40,7 +40,7 @@ def tries_pairs(recipe: Recipe, spec: ExpertsSpec) -> tuple[bool, bool]:
 def bank_count(recipe: Recipe) -> int:
     """Banks that a layer may have at most."""
     banks = recipe.budget.banks
-    return (_BANKS if recipe.calibration is not None else 1) if banks == "auto" else int(banks)
+    return _BANKS if banks == "auto" else int(banks)
 
 
 def has_clusters(recipe: Recipe) -> bool:

@@ -17,8 +17,7 @@ from molae_compress.solver.allocate import Curve, allocate, bought, partition, t
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
-_WORTH = 0.9  # of the error, below which experts share a basis: it costs operations, and the refinement gains less by it
-_LEAST = 0.8  # of the input rank that all experts of a layer would share, for text that calibration did not hold
+_LEAST = 0.75  # of the input rank that all experts of a layer would share, for text that calibration did not hold
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def by_spectrum(
         return shared.shapes if shared is not None else None
     chosen: list[tuple[Module, LayerSpectra]] = []
     for each, cost, error in zip(as_they_are, single.costs, single.errors, strict=True):
-        best, least = each, _WORTH * error
+        best, least = each, error
         for pairs in _in_pairs(recipe, *each)[1:]:
             shared = _allocated(recipe, [pairs], cost, rate)
             if shared is not None and shared.errors[0] < least:

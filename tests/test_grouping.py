@@ -97,10 +97,10 @@ def chosen(
     """The shape of a module at half of its size."""
     budget = {"keep": 0.5, "align": 1, "banks": banks}
     recipe = Recipe.load({"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": budget, "basis": basis})
-    samples, module = tokens(200, spec=SPEC), Module.of(recipe, SPEC, None)
-    cluster, (pairs, outputs) = recipe.basis.cluster, tries_pairs(recipe, SPEC)
+    samples, module = tokens(200, spec=dense.spec), Module.of(recipe, dense.spec, None)
+    cluster, (pairs, outputs) = recipe.basis.cluster, tries_pairs(recipe, dense.spec)
     spectra = measure_spectra(dense, samples, module.shape, Fit(), cluster=cluster, pairs=pairs, output_pairs=outputs)
-    found = by_spectrum(recipe, [module], [spectra], SPEC.dense_numel // 2)
+    found = by_spectrum(recipe, [module], [spectra], dense.spec.dense_numel // 2)
     assert found is not None
     return found[0], recipe
 
@@ -155,7 +155,7 @@ def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece() -> No
         assert found[0] is not None
         ranks[banks] = [bank.shape.rank_in for e in range(6) for bank in found[0].banks(spec) if e in bank.experts]
     assert len(set(ranks[1])) == 1
-    assert ranks[6][0] == min(ranks[6]) == math.ceil(0.8 * ranks[1][0])
+    assert ranks[6][0] == min(ranks[6]) == math.ceil(0.75 * ranks[1][0])
     assert max(ranks[6]) > ranks[1][0]
 
 
@@ -164,9 +164,10 @@ def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:
 
 
 def test_experts_of_their_own_keep_a_basis_of_their_own() -> None:
-    shape, _ = chosen(layer(SPEC), banks=1)  # with a handful of ranks to choose from, banks lose too much to their steps
+    spec = replace(SPEC, hidden=24, intermediate=24)
+    shape, _ = chosen(layer(spec), banks=1)  # with a handful of ranks to choose from, banks lose too much to their steps
     assert shape is not None
-    assert {(bank.shape.input_group, bank.shape.output_group) for bank in shape.banks(SPEC)} == {(1, 1)}
+    assert {(bank.shape.input_group, bank.shape.output_group) for bank in shape.banks(spec)} == {(1, 1)}
 
 
 def test_neighbours_share_where_clusters_are_not_wanted() -> None:

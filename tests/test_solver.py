@@ -200,7 +200,7 @@ def test_basis_is_the_singular_subspace_of_the_stack(
 
 @few_examples
 @given(seed=seeds, width=st.integers(2, 40), decay=st.floats(0, 6), data=st.data())
-def test_interpolative_storage_is_the_same_subspace_with_moderate_coefficients(
+def test_interpolative_storage_is_the_same_subspace_with_small_coefficients(
     seed: int, width: int, decay: float, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, width), label="rank")
@@ -211,7 +211,7 @@ def test_interpolative_storage_is_the_same_subspace_with_moderate_coefficients(
     assert torch.equal(basis_RH[:, pivots_R], torch.eye(rank, dtype=torch.float64))
     q_RH = orthonormal_rows(b_RH)
     assert close(basis_RH @ q_RH.T @ q_RH, basis_RH, 1e-10)
-    assert not rest_RX.numel() or float(rest_RX.abs().max()) < 10
+    assert not rest_RX.numel() or float(rest_RX.abs().max()) < 1.03
 
 
 Problem = list[list[tuple[int, Tensor, Tensor, Tensor]]]  # per input group: expert, branch rows, covariance, metric
@@ -491,7 +491,7 @@ def test_routing_weights_enter_as_asked(weighting: str) -> None:
     expected_TK = samples.gate_TK**power * samples.token_T[:, None] / 20
     assert close(samples.slot_weight_TK, expected_TK, 1e-14)
     mean = float(expected_TK.sum()) / E
-    assert samples.weight(1) == pytest.approx(0.8 * float(expected_TK[samples.index_TK == 1].sum()) + 0.2 * mean)
+    assert samples.weight(1) == pytest.approx(0.55 * float(expected_TK[samples.index_TK == 1].sum()) + 0.45 * mean)
     for group in (range(2, 4), range(E)):
         assert close(samples.covariance(group, 0.1), reference.covariance(samples, group, 0.1), 1e-12)
     b_RH = normal(5, H)

@@ -78,13 +78,13 @@ class Basis(Section):
     experts_per_input_group: Literal["auto", "all"] | Count = Field(
         default="auto",
         description="Experts that share an input basis. `auto`: for quality 1, or 2 in layers where `allocate: spectrum` "
-        "sees that pairs lose clearly less and no output basis is shared; `all` for serving; for `method: paper` 4, or the "
+        "sees that pairs lose less and no output basis is shared; `all` for serving; for `method: paper` 4, or the "
         "largest divisor of the number of experts below 4.",
     )
     experts_per_output_group: Literal["auto", "all"] | Count = Field(
         default="auto",
         description="Experts that share an output basis. `auto`: for quality 1, or 2 in layers where `allocate: spectrum` "
-        "sees that pairs lose clearly less and all experts have one rank (`banks`); `all` for serving.",
+        "sees that pairs lose less and all experts have one rank (`banks`); `all` for serving.",
     )
     cluster: bool = Field(
         default=True,
@@ -161,7 +161,7 @@ class Budget(Section):
     banks: Literal["auto"] | Count = Field(
         default="auto",
         description="Experts of a layer that need more get higher ranks: this many sets of experts may differ in rank. "
-        "`auto`: 4 with calibration and `allocate: spectrum`, else 1. Experts that share a basis stay together.",
+        "`auto`: 4 with `allocate: spectrum`, else 1. Experts that share a basis stay together.",
     )
     max_flops: Literal["auto"] | Positive | None = Field(
         default="auto",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from molae_compress.solver.moments import cholesky
 
+_LARGEST = 1.02  # coefficient of an interpolative basis: 1 would be reached by many more exchanges that gain nothing
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -107,18 +108,39 @@ def interpolative(b_RH: Tensor) -> tuple[Tensor, Tensor]:
     """Gauge-fixes a basis: pivot columns [R] (ascending int64) and coefficients [R,H-R] float64 of the other columns.
 
     The row space of `b_RH` is that of a matrix whose pivot columns are the identity, so only the rest needs storing
-    (the gauge freedom in docs/how-it-works.md; PIFA, ICML 2025, stores single matrices so). Pivots come from an LU
-    factorisation with partial pivoting of an orthonormal basis, Q^T = P [L1; L2] U: the coefficients are (L2 L1^{-1})^T.
+    (the gauge freedom in docs/how-it-works.md; PIFA, ICML 2025, stores single matrices so). Rounding errors of the
+    coefficients grow with them, so the pivots are chosen such that none is much beyond 1.
     """
-    rank = b_RH.shape[0]
-    factors_HR, swaps_R = torch.linalg.lu_factor(orthonormal_rows(b_RH).T)
-    permutation_H = torch.lu_unpack(factors_HR, swaps_R, unpack_data=False)[0].argmax(0)
-    pivots_R, order_R = permutation_H[:rank].sort()
-    order_X = permutation_H[rank:].argsort()
+    q_HR = orthonormal_rows(b_RH).T
+    pivots_R, others_X = _pivots(q_HR)
+    return pivots_R, torch.linalg.solve(q_HR[pivots_R].T, q_HR[others_X].T)
+
+
+def _pivots(q_HR: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [R] and [H-R], each ascending: the pivots of an interpolative basis of orthonormal columns, and the others.
+
+    Those of an LU factorisation with partial pivoting, Q = P [L1; L2] U, improved by exchanging the two columns of the
+    largest coefficient in L2 L1^{-1} while it is beyond `_LARGEST`. Every exchange multiplies the volume that the pivots
+    span by that coefficient, so that it ends (Goreinov et al., How to find a good submatrix, 2010).
+    """
+    rank = q_HR.shape[1]
+    factors_HR, swaps_R = torch.linalg.lu_factor(q_HR)
+    order_H = torch.lu_unpack(factors_HR, swaps_R, unpack_data=False)[0].argmax(0)
     rest_XR = torch.linalg.solve_triangular(
         factors_HR[:rank], factors_HR[rank:], upper=False, left=False, unitriangular=True
     )
-    return pivots_R, rest_XR[order_X][:, order_R].T
+    while rest_XR.numel():
+        row, column = divmod(int(rest_XR.abs().argmax()), rank)
+        largest = float(rest_XR[row, column])
+        if not abs(largest) > _LARGEST:
+            break
+        change_R = rest_XR[row].clone()
+        change_R[column] -= 1  # the row becomes that of the identity
+        rest_XR.addr_(rest_XR[:, column].clone(), change_R, alpha=-1 / largest)
+        rest_XR[row] = -change_R / largest  # of the column that was a pivot
+        rest_XR[row, column] = 1 / largest
+        order_H[[column, rank + row]] = order_H[[rank + row, column]]
+    return order_H[:rank].sort().values, order_H[rank:].sort().values
 
 
 def interpolated(pivots_R: Tensor, rest_RX: Tensor) -> Tensor:
