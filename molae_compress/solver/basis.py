@@ -22,6 +22,7 @@ from molae_compress.solver.moments import cholesky
 
 _LARGEST = 1.02  # coefficient of an interpolative basis: 1 would be reached by many more exchanges that gain nothing
 
+
 @dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues of one group's Gram, largest first, and the leading eigenvectors if they were asked for.
