@@ -183,7 +183,10 @@ def test_without_a_library_the_answer_is_that_of_grouped_mm(
     model.set_experts_implementation("grouped_mm")
     wanted = logits(model)
     model.set_experts_implementation("molae")
-    assert torch.equal(logits(model), wanted)
+    with pytest.warns(RuntimeWarning, match="slower. not compiled") as told:
+        assert torch.equal(logits(model), wanted)
+        logits(model)
+    assert sum("grouped_mm" in str(each.message) for each in told) == 1
     cpu_experts._library.cache_clear()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,10 +62,12 @@ class _Experts(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The operator library, None where it was not compiled; it needs no ONNX Runtime for this."""
+    """The operator library, None with a warning where it was not compiled; it needs no ONNX Runtime for this."""
     try:
         library = ctypes.CDLL(str(library_path()))
-    except (KernelError, OSError):
+    except (KernelError, OSError) as error:
+        slower = 'experts_implementation="molae" computes like "grouped_mm" on this CPU, which is slower.'
+        warnings.warn(f"{slower} {error}", RuntimeWarning, stacklevel=2)
         return None
     for function, call in ((library.molae_cpu_product, _Product), (library.molae_cpu_experts, _Experts)):
         function.argtypes = (ctypes.POINTER(call), ctypes.c_char_p, ctypes.c_size_t)
