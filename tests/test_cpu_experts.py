@@ -186,7 +186,7 @@ def test_without_a_library_the_answer_is_that_of_grouped_mm(
     with pytest.warns(RuntimeWarning, match="slower. not compiled") as told:
         assert torch.equal(logits(model), wanted)
         logits(model)
-    assert sum("grouped_mm" in str(each.message) for each in told) == 1
+    assert sum("slower" in str(each.message) for each in told) == 1
     cpu_experts._library.cache_clear()
 
 

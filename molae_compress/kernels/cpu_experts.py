@@ -66,8 +66,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(library_path()))
     except (KernelError, OSError) as error:
-        slower = 'experts_implementation="molae" computes like "grouped_mm" on this CPU, which is slower.'
-        warnings.warn(f"{slower} {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"Torch computes the experts on this CPU, which is slower. {error}", RuntimeWarning, stacklevel=2)
         return None
     for function, call in ((library.molae_cpu_product, _Product), (library.molae_cpu_experts, _Experts)):
         function.argtypes = (ctypes.POINTER(call), ctypes.c_char_p, ctypes.c_size_t)

@@ -129,7 +129,7 @@ def _pivots(q_HR: Tensor) -> tuple[Tensor, Tensor]:
     order_H = torch.lu_unpack(factors_HR, swaps_R, unpack_data=False)[0].argmax(0)
     rest_XR = torch.linalg.solve_triangular(
         factors_HR[:rank], factors_HR[rank:], upper=False, left=False, unitriangular=True
-    )
+    ).contiguous()  # the search below takes twenty times as long column by column
     while rest_XR.numel():
         row, column = divmod(int(rest_XR.abs().argmax()), rank)
         largest = float(rest_XR[row, column])
