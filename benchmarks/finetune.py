@@ -187,9 +187,9 @@ def table(found: dict[str, Any]) -> list[str]:
     """Lines of Markdown: one study."""
     asked, before = found["asked"], found["before"]
     train = ", ".join(f"`{name}`" for name in asked["train"])
-    head = "".join(f" `{name}`: perplexity | KL |" for name in before)
+    head = "".join(f" `{name}`: perplexity | KL × 1000 |" for name in before)
     original = "".join(f" {text['original_perplexity']:.2f} | |" for text in before.values())
-    compressed = "".join(f" {text['perplexity']:.2f} | {text['kl']:.3f} |" for text in before.values())
+    compressed = "".join(f" {text['perplexity']:.2f} | {1000 * text['kl']:.3g} |" for text in before.values())
     lines = [
         f"{MODELS[found['study']]} ({found['parameters']:,} parameters in routed experts), calibrated and trained on "
         f"{train}, {asked['batch_size']} windows of {asked['sequence_length']} tokens a step, each read {asked['epochs']} "
@@ -205,7 +205,7 @@ def table(found: dict[str, Any]) -> list[str]:
         for after in row["texts"].values():
             cells += [
                 f"{after['perplexity']:.2f} ({share(after['recovered'])})",
-                f"{after['kl']:.3f} ({share(after['kl_recovered'])})",
+                f"{1000 * after['kl']:.3g} ({share(after['kl_recovered'])})",
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

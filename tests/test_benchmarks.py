@@ -319,7 +319,7 @@ def test_what_is_shown_of_a_fine_tuning_is_what_was_measured() -> None:
     asked = {"train": ["other:text"], "sequence_length": 16, "batch_size": 2, "epochs": 1}
     head = {"study": "pocket-moe", "parameters": 99, "asked": asked, "threads": 2}
     found = {**head, "before": {"some:text": before}, "rows": [row]}
-    assert "| routers | 1,000 | 3 | 64 | 21.00 (75%) | 0.050 (75%) |" in finetune.section([found])
+    assert "| routers | 1,000 | 3 | 64 | 21.00 (75%) | 50 (75%) |" in finetune.section([found])
     assert "memory" not in finetune.section([found])
     assert "1.20 times the memory" in finetune.section([found | {"memory": {"peak": 12e6, "accounted": 10e6}}])
 
