@@ -159,6 +159,17 @@ def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece() -> No
     assert max(ranks[6]) > ranks[1][0]
 
 
+def test_layers_have_banks_without_calibration_text_too() -> None:
+    spec = ExpertsSpec("experts", 0, 6, 64, 64, top_k=2)
+    recipe = Recipe.load({"molae": 1, "budget": {"keep": 0.5, "align": 1}})
+    fall_EM = torch.linspace(0.5, 0.97, 6, dtype=torch.float64)[:, None] ** torch.arange(64)
+    spectra = LayerSpectra((fall_EM,), fall_EM, torch.arange(6))
+    found = by_spectrum(recipe, [Module.of(recipe, spec, None)], [spectra], spec.dense_numel // 2)
+    assert found is not None
+    assert found[0] is not None
+    assert len(list(found[0].banks(spec))) == 4
+
+
 def sets_of_bank(experts: tuple[int, ...]) -> set[frozenset[int]]:
     return {frozenset(experts[start : start + 2]) for start in range(0, len(experts), 2)}
 
