@@ -43,9 +43,11 @@ from molae_compress.checkpoint import (
 from molae_compress.checkpoint.writer import disk_errors
 from molae_compress.compress import OBSERVE, SOLVE, Progress, Run, silent
 from molae_compress.conditions import check_gate, check_room, clear_finished, finished
-from molae_compress.errors import DataError, RecipeError
+from molae_compress.errors import RecipeError
 from molae_compress.evaluation import check_predicts, evaluate_as
 from molae_compress.finetuning import finetune
+from molae_compress.generation import STAGE as GENERATE
+from molae_compress.generation import begin_windows, write_windows
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.prediction import Prediction
@@ -110,6 +112,7 @@ def plan(
             check_place(path, "work directory", job.source.folder.resolve(), ours=is_artifact)
         check_free_space(path, 2 * job.plan(expected, measured=False).activation_bytes, "the work directory")
         job.run.work = stack.enter_context(WorkDirectory.open(path, stage_inputs=job.stage_inputs()))
+        write_windows(job.run)
         return measured_plan(job.run, job.copied_bytes(), model=str(job.recipe.model))
 
 
@@ -161,9 +164,11 @@ def run(
     check_max_kl(job.run)
     routers = job.routers()
     check_before(recipe, job.source, expected, trust_remote_code=trust_remote_code)
-    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(OBSERVE, PROBE)) as work:
+    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(GENERATE, OBSERVE, PROBE)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
+        with job.timed("generate"):
+            write_windows(job.run)
         with job.timed("observe"):
             shapes, job.prediction = final_shapes(job.run, job.copied_bytes())
             replaced_keys(job.source, shapes)  # measured ranks may have left another set of modules dense
@@ -236,13 +241,12 @@ class _Job:
         """Reads and tokenises the calibration text; that of the evaluation too, to find it wanting before the work."""
         calibration, held_out = self.recipe.calibration, self.recipe.evaluate
         if calibration is not None:
-            if calibration.data is None:
-                raise DataError(
-                    "`calibration.data` is missing.", remedy="Name a text file or dataset, or leave `calibration` out."
-                )
-            texts = read_texts(calibration.data, calibration.column)
-            self.run.windows_NL = self._windows(texts, calibration.data, calibration, calibration.seed)
-            self.data_sha256 = data_fingerprint(texts)
+            windows_NL = None
+            if calibration.data is not None:
+                texts = read_texts(calibration.data, calibration.column)
+                windows_NL = self._windows(texts, calibration.data, calibration, calibration.seed)
+                self.data_sha256 = data_fingerprint(texts)
+            begin_windows(self.run, windows_NL, calibration.samples)
         if held_out is not None:
             check_predicts(self.source.model)
             self._windows(read_texts(held_out.data, held_out.column), held_out.data, held_out, None)
@@ -305,6 +309,7 @@ class _Job:
         tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
         probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}
         return {
+            GENERATE: base | {key: value for key, value in keys.items() if key.startswith("calibration")},
             OBSERVE: base | observed,
             PROBE: base | probed,
             SOLVE: base | solved,

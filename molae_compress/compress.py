@@ -109,6 +109,8 @@ class Run:
         recipe: what to do.
         source: the dense model.
         windows_NL: calibration token ids, or None to fit without data.
+        generated: windows, the first ones, that the model writes itself (`generation`).
+        unwritten: whether it has yet to.
         work: where finished layers go, or None to keep them in memory.
         memory_limit: bytes of calibration activations that may stay in memory; None is no limit.
         progress: told after every layer.
@@ -117,6 +119,8 @@ class Run:
     recipe: Recipe
     source: Source
     windows_NL: Tensor | None
+    generated: int = 0
+    unwritten: bool = False
     work: WorkDirectory | None = None
     memory_limit: int | None = None
     progress: Progress = silent
@@ -274,6 +278,7 @@ class Run:
         if not pending:
             return
         assert self.recipe.calibration is not None
+        assert not self.unwritten
         stream = ResidualStream(
             self.source,
             self.windows_NL,
@@ -360,9 +365,9 @@ class Run:
 
     @property
     def _windows_held_out(self) -> int:
-        """How many windows, the last ones, only measure."""
+        """How many windows, the last ones, only measure: none that the model wrote itself, if there are others."""
         assert self.windows_NL is not None
-        return max(1, len(self.windows_NL) // _HELD_OUT)
+        return max(1, (len(self.windows_NL) - self.generated or self.generated) // _HELD_OUT)
 
     def _split(self, seen: RoutedTokens | None, spec: ExpertsSpec) -> tuple[Calibrated | Uninformed, Calibrated | None]:
         """What is fitted on, and the last windows, which only measure; a single window is fitted on, and nothing measured.

@@ -16,6 +16,7 @@ from molae_compress.artifact import check_names, check_together
 from molae_compress.calibration.text import as_windows, data_fingerprint, read_texts, token_fingerprint, token_windows
 from molae_compress.compress import Progress, Run, silent
 from molae_compress.errors import DataError, RecipeError
+from molae_compress.generation import begin_windows, write_windows
 from molae_compress.layouts import weight_names
 from molae_compress.modeling.quantizer import attach_, check_attachable
 from molae_compress.probes import check_max_kl, final_shapes
@@ -43,8 +44,8 @@ def compress_(
     Args:
         model: a dense transformers model.
         recipe: what to do; `model`, `evaluate` and `gate` are not used.
-        data: calibration texts, or token ids [N,L]; otherwise those that `calibration.data` names. Without either, or with
-            a recipe without `calibration`, the fit is data-free.
+        data: calibration texts, or token ids [N,L]; otherwise those that `calibration.data` names. With a recipe without
+            `calibration` there are none, and the fit is data-free.
         tokenizer: for texts; otherwise that of `model.name_or_path`.
         progress: called with a stage, what is done of it, and of how much.
 
@@ -64,8 +65,14 @@ def compress_(
     started = time.monotonic()
     source = LiveSource.of(model)
     check_attachable(model, [spec.name for spec in source.specs])
-    windows_NL, data_sha256 = _windows(recipe, model, data, tokenizer)
-    run = Run(recipe, source, windows_NL, progress=progress or silent)
+    text_NL, data_sha256 = _windows(recipe, model, data, tokenizer)
+    run = Run(recipe, source, None, progress=progress or silent)
+    if recipe.calibration is not None:
+        # token ids are all that was wanted, unless the recipe says how many the model is to add
+        asked = recipe.calibration.samples
+        if isinstance(data, Tensor) and recipe.calibration.self_generated == "auto":
+            asked = len(data)
+        begin_windows(run, text_NL, asked)
     was_training = model.training
     model.eval()
     try:
@@ -74,6 +81,7 @@ def compress_(
         if recipe.heal.router_steps:
             check_windows(run)
         trainable = trainable_routers(source, run.specs) if recipe.heal.router_steps else ()
+        write_windows(run)
         shapes, prediction = final_shapes(run)
         keys = KeyMap(model, ())
         check_names(keys, run.specs, shapes)
@@ -106,12 +114,12 @@ def _windows(
     data: Sequence[str] | Tensor | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Tensor | None, str]:
-    """Calibration tokens, and the sha256 of the text (of the token ids where these were handed over)."""
+    """Tokens of the calibration text, and its sha256 (that of the token ids where these were handed over)."""
     section = recipe.calibration
     if section is None:
         return None, ""
     if data is None and section.data is None:
-        raise DataError("There is no calibration data.", remedy="Pass `data`, or leave `calibration` out of the recipe.")
+        return None, ""
     if tokenizer is None and not isinstance(data, Tensor):
         if not model.name_or_path:
             raise DataError("There is no tokenizer for the texts.", remedy="Pass `tokenizer`, or token ids as `data`.")

@@ -17,7 +17,7 @@ from molae_compress.solver.allocate import Curve, allocate, bought, partition, t
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
-_LEAST = 0.75  # of the input rank that all experts of a layer would share, for text that calibration did not hold
+_LEAST = 0.6  # of the input rank that all experts of a layer would share, for text that calibration did not hold
 
 
 @dataclass(frozen=True)

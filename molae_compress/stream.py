@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from molae_compress.calibration.observed import ObservedExperts, Recorder, RoutedTokens
 from molae_compress.calibration.one_by_one import ObservedList
-from molae_compress.calibration.replay import Passed, nbytes, packed, unpacked
+from molae_compress.calibration.replay import Passed, nbytes, of_window, packed, unpacked
 from molae_compress.calibration.walk import LayerArguments, hidden_after, pass_through
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.checkpoint.writer import disk_errors
@@ -181,6 +181,12 @@ class ResidualStream:
             lambda batch: kept[batch] if kept is not None else self._read(layer, first + batch),
             windows * self._shape[1],
         )
+
+    def at_end(self) -> Iterator[tuple[Tensor, Passed]]:
+        """Every window [1,L], with what the layers up to here gave for it."""
+        for ids_BL, passed in self._batches({}):
+            for row, ids_1L in enumerate(ids_BL.split(1)):
+                yield ids_1L, of_window(passed, row, len(ids_BL))
 
     def recorder(self, spec: ExpertsSpec) -> Recorder:
         """Room for what one experts module sees of the whole stream."""

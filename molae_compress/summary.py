@@ -11,6 +11,7 @@ from molae_compress.adapters import unproven_experts
 from molae_compress.budget import Shapes, most_bytes
 from molae_compress.compress import Run
 from molae_compress.evaluation import Evaluation
+from molae_compress.generation import wanted
 from molae_compress.layouts import LAYER_NUMBER, weight_names
 from molae_compress.planning import Plan, make_plan
 from molae_compress.prediction import Prediction
@@ -21,7 +22,10 @@ from molae_compress.routers import Trained
 def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> Plan:
     """What the shapes mean for the run's model."""
     source, calibration, quantized = run.source, run.recipe.calibration, run.source.quantized()
-    tokens = calibration.samples * calibration.sequence_length if calibration is not None else 0
+    tokens = 0
+    if calibration is not None:
+        text = calibration.samples if calibration.data is not None else 0
+        tokens = (text + sum(wanted(calibration, text, text))) * calibration.sequence_length
     experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
     by_layer: dict[str, int] = {}
     ends = 0
@@ -94,7 +98,9 @@ def summarise(
     used = None
     if run.windows_NL is not None and recipe.calibration is not None:
         windows, length = run.windows_NL.shape
-        used = CalibrationReport(windows * length, windows, data_sha256, recipe.calibration.data or ())
+        used = CalibrationReport(
+            windows * length, windows, data_sha256, recipe.calibration.data or (), self_generated=run.generated
+        )
     layers = _layer_reports(run, shapes, prediction.layers if prediction is not None else {})
     warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
     warnings += plan.warnings()

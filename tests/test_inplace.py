@@ -46,7 +46,7 @@ def test_contradicting_arguments_are_refused() -> None:
         molae.compress_(model, DATA_FREE, data=tiny_ids())
     with pytest.raises(RecipeError, match="folder on disk"):
         molae.compress_(model, {"molae": 1, "budget": {"target_size": "1MB"}})
-    with pytest.raises(DataError, match="no calibration data"):
+    with pytest.raises(DataError, match="no calibration text"):
         molae.compress_(model, CALIBRATED)
 
 

@@ -137,7 +137,8 @@ def test_every_bundled_recipe_plans(
     assert recipe.budget.keep - 0.05 < planned.parameters / planned.dense_parameters <= recipe.budget.keep
     assert not planned.measured
     assert recipe.calibration is not None
-    assert planned.tokens == recipe.calibration.samples * recipe.calibration.sequence_length
+    # an eighth more than the text, which the model writes itself
+    assert planned.tokens == recipe.calibration.samples * 9 // 8 * recipe.calibration.sequence_length
     shown = str(planned)
     assert all(layer.name in shown for layer in planned.layers)
     assert "calibration will move them" in shown

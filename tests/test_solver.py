@@ -491,7 +491,7 @@ def test_routing_weights_enter_as_asked(weighting: str) -> None:
     expected_TK = samples.gate_TK**power * samples.token_T[:, None] / 20
     assert close(samples.slot_weight_TK, expected_TK, 1e-14)
     mean = float(expected_TK.sum()) / E
-    assert samples.weight(1) == pytest.approx(0.55 * float(expected_TK[samples.index_TK == 1].sum()) + 0.45 * mean)
+    assert samples.weight(1) == pytest.approx(0.8 * float(expected_TK[samples.index_TK == 1].sum()) + 0.2 * mean)
     for group in (range(2, 4), range(E)):
         assert close(samples.covariance(group, 0.1), reference.covariance(samples, group, 0.1), 1e-12)
     b_RH = normal(5, H)

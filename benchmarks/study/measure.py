@@ -23,6 +23,8 @@ import molae_compress as molae
 from baselines import BASELINES, Setting
 from molae_compress.adapters import find_experts, layers_with_experts
 from molae_compress.calibration.text import data_fingerprint, token_windows
+from molae_compress.generation import wanted
+from molae_compress.recipe.sections import Calibration
 
 from .cells import ROOT, Cell, Protocol, Study
 from .texts import read
@@ -77,7 +79,11 @@ class Bench:
 
     def _ours(self, cell: Cell, recipe: str, windows_NL: Tensor | None) -> dict[str, Any]:
         model = copy.deepcopy(self.original)
-        calibration = {"samples": cell.samples or 1, "sequence_length": self.protocol.sequence_length}
+        asked = self.protocol.samples
+        calibration: dict[str, Any] = {"samples": asked, "seed": cell.seed, "sequence_length": self.protocol.sequence_length}
+        if 0 < cell.samples < asked:  # what a text file as short as that is added to
+            text = Calibration(data=("text",), samples=asked)
+            calibration["self_generated"] = sum(wanted(text, cell.samples, asked))
         # at equal size, whatever it costs in operations: those are a table of their own
         budget = {"keep": cell.keep, "max_flops": None}
         base = {"molae": 1, "calibration": calibration, "output": {"dtype": self.dtype}, "budget": budget}

@@ -37,6 +37,9 @@ OURS = {
     "quality": Method("this package, `quality` (default)", ("",)),
     "one bank": Method("this package, one rank per layer and side", ("budget.banks=1",)),
     "serving": Method("this package, `serving` (layer form)", ("basis.profile=serving",)),
+    "self-generated": Method(
+        "this package, on text that the model wrote", ("calibration.self_generated=256",), reads_text=False, draws=True
+    ),
     "data-free": Method("this package, data-free", ("calibration=null",), reads_text=False),
 }
 SHARING = {
@@ -73,6 +76,8 @@ ABLATIONS = {
     "refit.sequential=true": "calibrated on what compressed layers deliver",
     "calibration.weighting=linear": "tokens weighted by the routing weight, not its square",
     "calibration.weighting=none": "tokens not weighted by the routing",
+    "calibration.self_generated=0": "no windows that the model wrote itself",
+    "calibration.self_generated=64": "twice as many of them",
     "calibration=null": "no calibration",
 }
 _PEERS = {
@@ -96,7 +101,7 @@ def changed(change: str) -> str:
 
 
 # Shown with calibration text of other kinds and of other amounts; the rest of the table is in the same file.
-ROBUST = ("quality", "one bank", "data-free", "slbf", "mobe-even", "pifa", "channels", "paper")
+ROBUST = ("quality", "one bank", "self-generated", "data-free", "slbf", "mobe-even", "pifa", "channels", "paper")
 # Gradient steps of the methods' own papers, the least they state.
 TRAINED = {"mobe": 10_000, "mobe-even": 10_000, "slbf": 8_000}
 TRAINED_KEEP = 0.5

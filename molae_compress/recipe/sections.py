@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from molae_compress.errors import RecipeError
 from molae_compress.recipe.refusals import Section, exclusive
-from molae_compress.recipe.values import Count, Length, Names, Positive, Ranks, Share, Size, Sources, Steps, Weight
+from molae_compress.recipe.values import Count, Length, Names, Positive, Ranks, Share, Size, Sources, Steps, Weight, Windows
 
 BUDGETS = ("keep", "rank", "target_size", "max_kl")
 
@@ -46,13 +46,19 @@ class Calibration(Section):
     data: Sources | None = Field(
         default=None,
         description="Where the text comes from: one source, or a list of sources that are mixed evenly (see Sources "
-        "of text). `null` if the Python caller hands the text over.",
+        "of text). `null` if the Python caller hands the text over, or if the model writes all of it (`self_generated`).",
     )
     column: str = Field(default="text", description="Column or key that holds the text, for sources that have columns.")
     samples: Count = Field(default=256, description="Number of token windows.")
     sequence_length: Length = Field(default=2048, description="Tokens per window.")
     seed: int = Field(
         default=0, ge=0, description="Seed of the choice of windows where the text has more of them than `samples`."
+    )
+    self_generated: Literal["auto"] | Windows = Field(
+        default="auto",
+        description="Windows that the model writes itself, beside those of the text: they stand for all text that it knows. "
+        "`auto`: an eighth of `samples`, and as many more, written after the text's own windows, as the text falls short "
+        "of `samples`; none where the model predicts no next token. Without any text a number is needed.",
     )
     weighting: Literal["squared", "linear", "none"] = Field(
         default="squared",

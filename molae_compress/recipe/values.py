@@ -37,6 +37,7 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_sources), WithJsonSchema(_
 Names = Annotated[tuple[str, ...], BeforeValidator(_entries)]
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
+Windows = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -66,14 +66,16 @@ class CalibrationReport:
     Attributes:
         tokens: how many.
         windows: in how many windows.
-        sha256: of the documents, their order and boundaries.
+        sha256: of the documents, their order and boundaries; empty without text.
         sources: as the recipe names them; empty if the text was handed over in Python.
+        self_generated: those of the windows that the model wrote itself.
     """
 
     tokens: int
     windows: int
     sha256: str
     sources: tuple[str, ...] = ()
+    self_generated: int = 0
 
 
 @dataclass(frozen=True)
@@ -267,9 +269,11 @@ def warnings_for(
             "err_h was not measured: there is one calibration window, and the weights were fitted on it. Give two or more "
             "(a larger `calibration.samples`, and text for it)."
         )
-    if calibration is not None and samples is not None and calibration.windows < samples:
+    text = calibration.windows - calibration.self_generated if calibration is not None else 0
+    if calibration is not None and samples is not None and 0 < text < samples:
+        filled = "The model wrote the others itself, which is not as good. " if calibration.windows >= samples else ""
         found.append(
-            f"The calibration text gave {calibration.windows} windows, fewer than the {samples} asked for. Add text, "
+            f"The calibration text gave {text} windows, fewer than the {samples} asked for. {filled}Add text, "
             "or lower `calibration.samples`."
         )
     return tuple(found)

@@ -22,7 +22,7 @@ Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
 ROWS = 2048  # rows sent to the device at a time: bounds the memory of everything that is computed from them
 _NOISE = 4.0  # of the moments of inputs, in units of what n tokens of D features have at least
-_EVEN = 0.45  # of what an expert counts: that of the average one, for text that is routed otherwise
+_EVEN = 0.2  # of what an expert counts: that of the average one, for text that is routed otherwise
 
 
 class Population(Protocol):
