@@ -109,7 +109,10 @@ def summarise(
         for path in unproven_experts(run.source.model)
     )
     if run.windows_NL is None and recipe.method != "paper" and recipe.budget.rank != "full":
-        warnings += ("No calibration text was used: at the same size, quality is far lower than with some.",)
+        warnings += (
+            "No calibration text was used: at the same size, quality is far lower than with some. Where there is none, the "
+            "model can write it: `calibration: {self_generated: 256}`.",
+        )
     if unknown:
         dense = f" {len(unknown_experts)} of them are routed experts, which so stay dense." if unknown_experts else ""
         warnings += (

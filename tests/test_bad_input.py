@@ -139,7 +139,10 @@ def test_text_that_cannot_be_used(source: Path, tmp_path: Path, section: str) ->
 
 def test_calibration_without_data_or_tokenizer(source: Path, tmp_path: Path) -> None:
     refused_at_once(
-        DataError, r"`calibration\.data` is missing", recipe_for(source, "calibration.data=null"), tmp_path / "out"
+        DataError,
+        r"no calibration text: neither `calibration\.data`",
+        recipe_for(source, "calibration.data=null"),
+        tmp_path / "out",
     )
     for path in source.glob("tokenizer*"):
         path.unlink()

@@ -56,7 +56,9 @@ Parquet files and hub datasets need the extra `molae-compress[data]`.
 
 The documents of a source are tokenised, each followed by the model's end-of-text token, joined, and cut into windows
 of `sequence_length` tokens that do not overlap. Each source contributes the same number of windows; where one is short,
-the others fill in. Calibrate on a mixture: text of one narrow domain costs quality on all others.
+the others fill in. Calibrate on a mixture: text of one narrow domain costs quality on all others. Where there is no
+text at all, `calibration: {{self_generated: 256}}` has the model
+[write it itself](how-it-works.md#text-that-the-model-writes).
 
 ## Sizes
 
