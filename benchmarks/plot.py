@@ -28,6 +28,7 @@ SHOWN = {
     "slbf": "SLBF",
     "channels": "channel pruning, ridge leverage",
     "serving": "**this package**, `serving`",
+    "self-generated": "**this package**, on text that the model wrote",
     "quality": "**this package**, `quality` (default)",
 }
 DRAWN = ("paper", "slbf", "channels", "serving", "quality")

@@ -8,7 +8,8 @@ One protocol. Every method starts from the same model in float32 and may store t
 parameters (every number counts: bases, cores, column indices, biases), rounded to the type of the checkpoint as an
 artifact would be. A run that was cut off goes on where it stopped: cells that are in the results are not measured again.
 Results of another version of the code, the libraries or the text are refused, unless `--fresh` measures everything anew;
-`--package` keeps the rows of baselines, with the version of the code that they were measured with.
+`--package` keeps the rows of baselines, and of methods that `--methods` leaves out, with the version of the code that they
+were measured with.
 Which methods there are is in `study/methods.py`, which cells in `study/cells.py`; `plot.py` and `page.py` show the results.
 """
 
@@ -38,8 +39,8 @@ from study.cells import (
     identity,
     known_rows,
     load,
-    of_baselines,
     save,
+    still_good,
 )
 from study.measure import Bench, model_folder, text_fingerprints
 from study.methods import METHODS
@@ -89,7 +90,7 @@ def measure(study: Study, protocol: Protocol, args: argparse.Namespace) -> None:
         )
     known = known_rows(old) if old is not None else {}
     if changed:
-        known = of_baselines(known, old["code_sha256"])
+        known = still_good(known, old["code_sha256"], args.methods)
     wanted = [cell for cell in cells(study, protocol) if cell not in known and cell.method in args.methods]
     print(f"{study.name}: {len(known)} cells are known, {len(wanted)} to be measured\n{HEAD}", flush=True)
     if wanted:

@@ -17,7 +17,8 @@ from molae_compress.solver.allocate import Curve, allocate, bought, partition, t
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
-_LEAST = 0.6  # of the input rank that all experts of a layer would share, for text that calibration did not hold
+# Of the input rank that all experts of a layer would share, with and without calibration: for text that it did not hold.
+_LEAST = {True: 0.6, False: 0.75}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _in_banks(
         return [[part] for part in whole]
     picks = iter(shared)
     taken = [[next(picks) for _ in part.curves] for part in whole]
-    least = [_LEAST * part.curves[0].ranks[each[0]] for part, each in zip(whole, taken, strict=True)]
+    share = _LEAST[recipe.calibration is not None]
+    least = [share * part.curves[0].ranks[each[0]] for part, each in zip(whole, taken, strict=True)]
     tables = [table for each, low in zip(modules, least, strict=True) for table in _tables(recipe, *each, rate, low)]
     spent = bought(tables, amount)
     if spent is None:

@@ -142,20 +142,22 @@ def test_experts_of_one_rank_share_output_bases_too_where_that_loses_less() -> N
     assert {bank.shape.output_group for bank in fixed.banks(SPEC)} == {1}
 
 
-def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece() -> None:
+@pytest.mark.parametrize(("calibrated", "share"), [(True, 0.6), (False, 0.75)])
+def test_no_bank_is_far_below_the_rank_its_layer_would_have_in_one_piece(calibrated: bool, share: float) -> None:
     spec = ExpertsSpec("experts", 0, 6, 64, 64, top_k=2)
     fall_EM = torch.tensor([0.5, 0.9, 0.95, 0.95, 0.95, 0.95], dtype=torch.float64)[:, None] ** torch.arange(64)
     ranks = {}
+    calibration = {"data": "python-docs:calibration"} if calibrated else None
     for banks in (1, 6):
         budget = {"keep": 0.5, "align": 1, "banks": banks}
-        recipe = Recipe.load({"molae": 1, "calibration": {"data": "python-docs:calibration"}, "budget": budget})
+        recipe = Recipe.load({"molae": 1, "calibration": calibration, "budget": budget})
         spectra = LayerSpectra((fall_EM,), 0.95 * fall_EM[3:4].expand(6, -1), torch.arange(6))
         found = by_spectrum(recipe, [Module.of(recipe, spec, None)], [spectra], spec.dense_numel // 2)
         assert found is not None
         assert found[0] is not None
         ranks[banks] = [bank.shape.rank_in for e in range(6) for bank in found[0].banks(spec) if e in bank.experts]
     assert len(set(ranks[1])) == 1
-    assert ranks[6][0] == min(ranks[6]) == math.ceil(0.6 * ranks[1][0])
+    assert ranks[6][0] == min(ranks[6]) == math.ceil(share * ranks[1][0])
     assert max(ranks[6]) > ranks[1][0]
 
 

@@ -10,7 +10,7 @@ import ast
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -180,9 +180,10 @@ def known_rows(content: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
     }
 
 
-def of_baselines(rows: Mapping[Cell, dict[str, Any]], code: str) -> dict[Cell, dict[str, Any]]:
-    """Rows of other methods than this package's, each with the version of the code that it was measured with."""
-    return {cell: {"code_sha256": code, **row} for cell, row in rows.items() if not cell.recipes}
+def still_good(rows: Mapping[Cell, dict[str, Any]], code: str, anew: Collection[str]) -> dict[Cell, dict[str, Any]]:
+    """Rows of all but the package's methods `anew`, each with the version of the code that it was measured with."""
+    kept = (cell for cell in rows if not cell.recipes or cell.method not in anew)
+    return {cell: {"code_sha256": code, **rows[cell]} for cell in kept}
 
 
 def identity(study: Study, protocol: Protocol, model: Path, text_sha256: Mapping[str, str]) -> dict[str, Any]:

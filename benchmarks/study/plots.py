@@ -18,6 +18,7 @@ COLOURS = {
     "quality": "#0072b2",
     "one bank": "#0072b2",
     "serving": "#56b4e9",
+    "self-generated": "#000000",
     "data-free": "#000000",
     "paper": "#7f7f7f",
     "svd-llm": "#e69f00",
@@ -30,11 +31,12 @@ COLOURS = {
     "reap": "#7f7f7f",
     "channels": "#d55e00",
 }
-DASHED = ("one bank", "serving", "svd-llm", "mobe", "d2-moe", "reap")
+DASHED = ("one bank", "serving", "data-free", "svd-llm", "mobe", "d2-moe", "reap")
 LABELS = {
     "quality": "this package, default",
     "one bank": "this package, one rank a side",
     "serving": "this package, serving",
+    "self-generated": "this package, on its own text",
     "data-free": "this package, data-free",
     "paper": "MoLAE, the paper's",
     "svd-llm": "SVD-LLM v2",

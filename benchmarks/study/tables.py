@@ -164,14 +164,14 @@ def settings(results: Results) -> str:
     windows, length = p["samples"], p["sequence_length"]
     evaluation = f"{p['evaluation_samples'] * length:,} tokens"
     older = sorted({row["code_sha256"][:16] for row in content["rows"] if "code_sha256" in row})
-    of_baselines = f", of baselines `{'`, `'.join(older)}`" if older else ""
+    others = f", of some rows `{'`, `'.join(older)}`" if older else ""
     return "\n".join(
         [
             f"- Model: `{results.model}`, SHA-256 of its weights `{content['model_sha256'][:16]}…`.",
             f"- Calibration: {windows} windows of {length} tokens ({windows * length:,}), seeds "
             f"{', '.join(map(str, results.seeds))} of their choice (and of what baselines draw).",
             f"- Evaluation: {evaluation} of each text, the first of it; none took part in the fit.",
-            f"- Versions: {versions}; code `{(content['code_sha256'] or 'not recorded')[:16]}`{of_baselines}. "
+            f"- Versions: {versions}; code `{(content['code_sha256'] or 'not recorded')[:16]}`{others}. "
             f"Cells measured at a time: {content['processes']}, one thread each.",
             "- Text, SHA-256: "
             + "; ".join(f"`{name}` `{digest[:16]}…`" for name, digest in content["text_sha256"].items())
