@@ -42,8 +42,8 @@ make bench-quality FRESH=1
 - ±: standard deviation over the seeds. Rows without it were measured once, most of them because they depend on no seed.
 
 Where a method reads text, all read the same windows. This package adds an eighth that the model writes itself
-([how it works](how-it-works.md#text-that-the-model-writes)), which costs no data; the row "on text that the model wrote" reads nothing else.
-How the other methods are set up, and what is counted, is in `benchmarks/README.md`.
+([how it works](how-it-works.md#text-that-the-model-writes)), which costs no data; the row "on text that the model wrote"
+reads nothing else. How the other methods are set up, and what is counted, is in `benchmarks/README.md`.
 """
 ELSEWHERE = """Model and text of this section are not part of the repository; the figures are from results that are. With a
 folder that holds `calibration/mixed.txt`, `calibration/novels.txt`, `calibration/astronomy.txt` and `eval/*.txt`, and a

@@ -46,7 +46,7 @@ from molae_compress.conditions import check_gate, check_room, clear_finished, fi
 from molae_compress.errors import RecipeError
 from molae_compress.evaluation import check_predicts, evaluate_as
 from molae_compress.finetuning import finetune
-from molae_compress.generation import STAGE as GENERATE
+from molae_compress.generation import STAGE as TEXT
 from molae_compress.generation import begin_windows, write_windows
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
@@ -66,6 +66,8 @@ from molae_compress.source import DiskSource, check_tokens, choose_device, load_
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
 from molae_compress.tuning.inputs import check_before
+
+_WRITTEN_BY = ("calibration.seed", "calibration.self_generated", "calibration.batch_size")
 
 
 def plan(
@@ -164,10 +166,10 @@ def run(
     check_max_kl(job.run)
     routers = job.routers()
     check_before(recipe, job.source, expected, trust_remote_code=trust_remote_code)
-    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(GENERATE, OBSERVE, PROBE)) as work:
+    with WorkDirectory.open(path, stage_inputs=job.stage_inputs(), fresh=fresh, reusable=(TEXT, OBSERVE, PROBE)) as work:
         job.run.work = work
         job.resumed = len(work.done(OBSERVE)) + len(work.done(SOLVE))
-        with job.timed("generate"):
+        with job.timed("text"):
             write_windows(job.run)
         with job.timed("observe"):
             shapes, job.prediction = final_shapes(job.run, job.copied_bytes())
@@ -199,6 +201,7 @@ class _Job:
     trust_remote_code: bool
     started: float = field(default_factory=time.monotonic)
     data_sha256: str = ""
+    tokens_sha256: str = ""
     resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     trained: Trained | None = None
@@ -247,6 +250,8 @@ class _Job:
                 windows_NL = self._windows(texts, calibration.data, calibration, calibration.seed)
                 self.data_sha256 = data_fingerprint(texts)
             begin_windows(self.run, windows_NL, calibration.samples)
+            assert self.run.windows_NL is not None
+            self.tokens_sha256 = token_fingerprint(self.run.windows_NL)
         if held_out is not None:
             check_predicts(self.source.model)
             self._windows(read_texts(held_out.data, held_out.column), held_out.data, held_out, None)
@@ -285,13 +290,12 @@ class _Job:
     def stage_inputs(self) -> dict[str, dict[str, str]]:
         """Everything the items of each stage follow from, for the work directory."""
         config = (self.source.folder / "config.json").read_bytes()
-        windows_NL = self.run.windows_NL
         base = {
             "source": self.source.checkpoint.fingerprint(),
             "config": hashlib.sha256(config).hexdigest(),
             "calibration text": self.data_sha256,
-            # another tokenizer makes others of the same text
-            "calibration tokens": token_fingerprint(windows_NL) if windows_NL is not None else "",
+            # another tokenizer makes others of the same text; of windows that the model writes, as they begin
+            "calibration tokens": self.tokens_sha256,
             "code": code_fingerprint(self.source.folder, self.source.model),
             "molae_compress": installed_version(),
             "torch": torch.__version__,
@@ -309,7 +313,7 @@ class _Job:
         tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
         probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}
         return {
-            GENERATE: base | {key: value for key, value in keys.items() if key.startswith("calibration")},
+            TEXT: base | {key: keys[key] for key in keys if key in _WRITTEN_BY},
             OBSERVE: base | observed,
             PROBE: base | probed,
             SOLVE: base | solved,

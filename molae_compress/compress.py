@@ -7,8 +7,6 @@ it, `observe_layers`, to measure how the error of every layer falls with rank.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +29,7 @@ from molae_compress.solver.spectra import Fit, LayerSpectra, measure_spectra
 from molae_compress.source import Source, chosen
 from molae_compress.spectral import comparable
 from molae_compress.stream import STAGE as HIDDEN
-from molae_compress.stream import HeldOut, ResidualStream, StandIn, observed, stand_in
+from molae_compress.stream import HeldOut, ResidualStream, StandIn, observed, return_memory, stand_in
 from molae_compress.tensors import AnyShape, DenseExperts, ExpertsSpec
 
 Progress = Callable[[str, int, int], None]
@@ -39,18 +37,17 @@ OBSERVE, SOLVE = "observe", "solve"
 _MOST = 0.99  # of its parameters, that a compressed model may keep
 _NEWTON = 8  # conjugate gradients: most of what many would find
 _HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
+# Of what an expert counts, that of the average one: for text that is routed otherwise, the more where the model writes none.
+_EVEN = {True: 0.2, False: 0.45}
+
+
+def set_aside(windows: int) -> int:
+    """How many of so many windows only measure errors."""
+    return max(1, windows // _HELD_OUT)
 
 
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def _return_memory() -> None:
-    """Hands what a layer took back to the system: glibc keeps it, in pieces that the next layer does not fit into."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _routed(population: Calibrated | Uninformed, held_out: Calibrated | None) -> list[int]:
@@ -109,8 +106,9 @@ class Run:
         recipe: what to do.
         source: the dense model.
         windows_NL: calibration token ids, or None to fit without data.
-        generated: windows, the first ones, that the model writes itself (`generation`).
+        written: which windows the model writes itself (`generation`).
         unwritten: whether it has yet to.
+        notes: what a reader of the report should know of them.
         work: where finished layers go, or None to keep them in memory.
         memory_limit: bytes of calibration activations that may stay in memory; None is no limit.
         progress: told after every layer.
@@ -119,8 +117,9 @@ class Run:
     recipe: Recipe
     source: Source
     windows_NL: Tensor | None
-    generated: int = 0
+    written: range = range(0)
     unwritten: bool = False
+    notes: tuple[str, ...] = ()
     work: WorkDirectory | None = None
     memory_limit: int | None = None
     progress: Progress = silent
@@ -213,7 +212,7 @@ class Run:
 
     def solve_layers(self, shapes: Shapes) -> None:
         """Second pass: bases, then cores, layer by layer; finished modules go to the work directory or to `finished`."""
-        _return_memory()  # that of the spectra, and of what chose the ranks
+        return_memory()  # that of the spectra, and of what chose the ranks
         latent = {name: shape for name, shape in shapes.items() if shape is not None}
         done = set(self.work.done(SOLVE)) & set(latent) if self.work is not None else set()
         idle = {spec.name for spec in self.specs if spec.name not in latent}
@@ -295,7 +294,7 @@ class Run:
                 here = [spec for spec in pending if numbers[spec.name] == layer]
                 self._one_layer(stream, here, latent, visit, stage, goes_on=layer < last)
                 stream.forget(layer)
-                _return_memory()
+                return_memory()
         if self.work is not None:
             self.work.discard(HIDDEN)
 
@@ -352,6 +351,11 @@ class Run:
             visit(Turn(spec, dense[spec.name], population, measuring, effect))
 
     @property
+    def generated(self) -> int:
+        """Windows that the model writes itself."""
+        return len(self.written)
+
+    @property
     def fitted_NL(self) -> Tensor:
         """The windows that are fitted on, all of a single one."""
         assert self.windows_NL is not None
@@ -365,9 +369,10 @@ class Run:
 
     @property
     def _windows_held_out(self) -> int:
-        """How many windows, the last ones, only measure: none that the model wrote itself, if there are others."""
+        """How many windows, the last ones, only measure: of the text, if it has several."""
         assert self.windows_NL is not None
-        return max(1, (len(self.windows_NL) - self.generated or self.generated) // _HELD_OUT)
+        text = len(self.windows_NL) - self.generated
+        return set_aside(text if text > 1 else len(self.windows_NL))
 
     def _split(self, seen: RoutedTokens | None, spec: ExpertsSpec) -> tuple[Calibrated | Uninformed, Calibrated | None]:
         """What is fitted on, and the last windows, which only measure; a single window is fitted on, and nothing measured.
@@ -381,7 +386,7 @@ class Run:
         weighting, shrinkage = self.recipe.calibration.weighting, self.recipe.refit.shrinkage
         windows = len(self.windows_NL)
         rows = len(seen.x_TH) // windows  # of a window; more than its tokens where one has several
-        kept = (windows - self._windows_held_out) * rows
+        kept, even = (windows - self._windows_held_out) * rows, _EVEN[self.recipe.calibration.writes]
         # a token of hardly any residual stream would outweigh all others
         weight_T = 1.0 / seen.energy_T.clamp_min(1e-6 * float(seen.energy_T.mean()))
 
@@ -395,6 +400,7 @@ class Run:
                 weighting,
                 shrinkage,
                 self.source.device,
+                even,
             )
 
         return (part(slice(kept)), part(slice(kept, None))) if windows > 1 else (part(slice(None)), None)

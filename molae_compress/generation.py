@@ -11,25 +11,27 @@ Shape suffixes: N windows, L tokens, P positions of a window, V vocabulary; the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from molae_compress.calibration.walk import LayerArguments
-from molae_compress.compress import Run
-from molae_compress.errors import DataError, ModelError, MolaeError
-from molae_compress.evaluation import check_predicts, predicted
+from molae_compress.calibration.walk import LayerArguments, has_decoder
+from molae_compress.compress import Run, set_aside
+from molae_compress.errors import DataError, ModelError
+from molae_compress.evaluation import check_predicts
 from molae_compress.recipe.sections import Calibration
 from molae_compress.stream import STAGE as HIDDEN
-from molae_compress.stream import ResidualStream, observed
+from molae_compress.stream import ResidualStream, observed, return_memory
 
-STAGE = "generate"  # of the work directory
+STAGE = "text"  # of the work directory
 ROUNDS = 2
 _SHARE = 8  # one window in so many beside those of the text
-_POSITIONS = 256  # drawn at a time
+_POSITIONS = 128  # whose predictions are in memory at a time, where the model can be asked for some of them
 _SPECIAL = re.compile(r".*_token_(id|ids|index)")  # of a configuration: marks of images and the like
 _END_OF_TEXT = "eos_token_id"  # which stands between documents
+_REMEDY = "Set `calibration.self_generated: 0`, and give text."
 
 
 def wanted(section: Calibration, text: int, asked: int) -> tuple[int, int]:
@@ -47,7 +49,10 @@ def wanted(section: Calibration, text: int, asked: int) -> tuple[int, int]:
 
 
 def begin_windows(run: Run, text_NL: Tensor | None, asked: int) -> None:
-    """Makes the windows of a run: those that the model is to write (`write_windows`), as they start, before the text's.
+    """Makes the windows of a run: those that the model is to write (`write_windows`), as they start, and the text's.
+
+    The text's come last, where windows measure instead of being fitted on; what is written does not start from these. A
+    single one comes first.
 
     Args:
         run: with a calibration section.
@@ -60,8 +65,9 @@ def begin_windows(run: Run, text_NL: Tensor | None, asked: int) -> None:
     """
     section, model = run.recipe.calibration, run.source.model
     assert section is not None
-    after, free = wanted(section, 0 if text_NL is None else len(text_NL), asked)
-    if text_NL is None and not free:
+    text = 0 if text_NL is None else len(text_NL)
+    after, free = wanted(section, text, asked)
+    if not text and not free:
         raise DataError(
             "There is no calibration text: neither `calibration.data` nor data handed over.",
             remedy="Name a text file or dataset, set `calibration.self_generated` to a number of windows that the model "
@@ -69,21 +75,27 @@ def begin_windows(run: Run, text_NL: Tensor | None, asked: int) -> None:
         )
     if after + free:
         try:
-            _check_writes(model)
-        except MolaeError:
+            check_writes(model)
+        except ModelError as error:
             if section.self_generated != "auto":
                 raise
+            run.notes += (f"The model wrote no calibration text of its own. {error.what}",)
             after = free = 0
-    length = section.sequence_length if text_NL is None else text_NL.shape[1]
-    parts = [] if text_NL is None else [text_NL]
-    if free:
-        chance = torch.Generator().manual_seed(section.seed)
-        ordinary_V = _ordinary(model)
-        parts.insert(0, ordinary_V[torch.randint(len(ordinary_V), (free, length), generator=chance)])
+    parts = []
     if after:
         assert text_NL is not None
-        parts.insert(0, text_NL[torch.arange(after) % len(text_NL)])
-    run.windows_NL, run.generated, run.unwritten = torch.cat(parts), after + free, after + free > 0
+        starts_NL = text_NL[: max(1, text - set_aside(text))].cpu()
+        parts.append(starts_NL[torch.arange(after) % len(starts_NL)])
+    if free:
+        length = section.sequence_length if text_NL is None else text_NL.shape[1]
+        chance = torch.Generator().manual_seed(section.seed)
+        ordinary_V = _ordinary(model)
+        parts.append(ordinary_V[torch.randint(len(ordinary_V), (free, length), generator=chance)])
+    if text_NL is not None:
+        parts.insert(0 if text == 1 else len(parts), text_NL.cpu())
+    first = int(text == 1)
+    run.windows_NL = torch.cat(parts)
+    run.written, run.unwritten = range(first, first + after + free), after + free > 0
 
 
 def write_windows(run: Run) -> None:
@@ -97,98 +109,117 @@ def write_windows(run: Run) -> None:
     if not run.unwritten:
         return
     assert run.windows_NL is not None
-    begun_NL, text_NL = run.windows_NL[: run.generated], run.windows_NL[run.generated :]
+    before, after = run.windows_NL[: run.written.start], run.windows_NL[run.written.stop :]
+    ids_NL = run.windows_NL[run.written.start : run.written.stop]
     for number in range(1, ROUNDS + 1):
         item = f"round-{number}"
         if run.work is not None and item in run.work.done(STAGE):
-            begun_NL = run.work.load(STAGE, item)[0]["ids"]
+            ids_NL = run.work.load(STAGE, item)[0]["ids"]
             continue
-        begun_NL = _round(run, begun_NL, number)
+        ids_NL = _round(run, ids_NL, number)
         if run.work is not None:
-            run.work.commit(STAGE, item, {"ids": begun_NL}, {})
-    if run.work is not None:
-        run.work.discard(HIDDEN)
-    run.windows_NL, run.unwritten = torch.cat([begun_NL, text_NL]), False
+            run.work.commit(STAGE, item, {"ids": ids_NL}, {})
+            run.work.discard(HIDDEN)
+    run.windows_NL, run.unwritten = torch.cat([before, ids_NL, after]), False
+
+
+def check_writes(model: Any) -> None:
+    """Raises `ModelError` unless a model predicts each token from those before it."""
+    check_predicts(model)
+    if has_decoder(model):
+        raise ModelError(
+            f"{type(model).__name__} reads a text beside the one that it writes.",
+            why="What it is to write would be shown to it.",
+            remedy=_REMEDY,
+        )
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{type(model).__name__} names no head that predicts tokens.", remedy=_REMEDY)
 
 
 def _round(run: Run, ids_NL: Tensor, number: int) -> Tensor:
     """Token ids [N,L] drawn given those of the last round; the first of each window stays."""
     assert run.recipe.calibration is not None
-    source, section, layers = run.source, run.recipe.calibration, run.source.layers.paths
-    done = (number - 1) * len(layers)
-    stream = ResidualStream(
-        source,
-        ids_NL,
-        section.batch_size,
-        work=run.work,
-        name=f"{STAGE}-{number}",
-        memory_limit=run.memory_limit,
-    )
+    source, section, layers = run.source, run.recipe.calibration, len(run.source.layers)
+    name, limit = f"{STAGE}-{number}", run.memory_limit
+    stream = ResidualStream(source, ids_NL, section.batch_size, work=run.work, name=name, memory_limit=limit)
     with torch.no_grad():
         with source.ends(head=False):
-            stream.start(len(layers))
-            for layer in range(stream.layer, len(layers)):
-                run.progress(STAGE, done + layer, ROUNDS * len(layers))
-                here = [spec for spec in source.specs if source.layers.of(spec.name) == layer]
-                experts = observed(source, here, {})
-                with source.layer(layer) as module:
-                    stream.step(module, experts, {})
+            stream.start(layers)
+            for layer in range(stream.layer, layers):
+                run.progress(STAGE, (number - 1) * layers + layer, ROUNDS * layers)
+                _pass_layer(run, stream)
                 stream.forget(layer)
+                return_memory()
         with source.ends(head=True):
             drawn_NL = _drawn(run, stream, torch.Generator().manual_seed(section.seed + number))
-    run.progress(STAGE, done + len(layers), ROUNDS * len(layers))
+    run.progress(STAGE, number * layers, ROUNDS * layers)
     return drawn_NL
+
+
+def _pass_layer(run: Run, stream: ResidualStream) -> None:
+    """Sends a stream through the layer that it stands before; nothing of the layer outlives the call."""
+    source, layer = run.source, stream.layer
+    experts = observed(source, [spec for spec in source.specs if source.layers.of(spec.name) == layer], {})
+    with source.layer(layer) as module:
+        stream.step(module, experts, {})
 
 
 def _drawn(run: Run, stream: ResidualStream, chance: torch.Generator) -> Tensor:
     """[N,L]: the windows of a stream at its end, every token but the first drawn anew."""
     source = run.source
     arguments = LayerArguments(source.model, source.layers.paths, source.device)
-    allowed_V = _ordinary(source.model).to(source.device)
-    windows = []
-    # a window at a time: logits of a large vocabulary take far more memory than hidden states
+    ordinary_V, windows = _ordinary(source.model), []
     for ids_1L, passed in stream.at_end():
-        logits_PV = predicted(arguments, ids_1L, passed)
-        allowed_V = allowed_V[allowed_V < logits_PV.shape[1]]
-        uniform_P = torch.rand(len(logits_PV), generator=chance).to(source.device)
-        parts = zip(logits_PV.split(_POSITIONS), uniform_P.split(_POSITIONS), strict=True)
-        drawn_P = torch.cat([_draw(part_PV.float(), part_P, allowed_V) for part_PV, part_P in parts])
-        windows.append(torch.cat([ids_1L[0, :1], drawn_P.cpu()]))
+        uniform_P = torch.rand(ids_1L.shape[1] - 1, generator=chance)
+        drawn = [ids_1L[0, :1]]
+        for start, logits_PV in _predictions(arguments.some_logits(ids_1L, passed, _POSITIONS), ids_1L.shape[1] - 1):
+            drawn.append(_draw(logits_PV, uniform_P[start : start + len(logits_PV)], ordinary_V))
+            del logits_PV  # or they would stay while the next are made
+        windows.append(torch.cat(drawn))
     return torch.stack(windows)
 
 
-def _draw(logits_PV: Tensor, uniform_P: Tensor, allowed_V: Tensor) -> Tensor:
-    """[P] int64: one allowed token each, by the inverse of the distribution function, for one random number each."""
-    summed_PV = logits_PV[:, allowed_V].softmax(-1).cumsum(-1)
+def _predictions(parts: Iterator[Tensor], tokens: int) -> Iterator[tuple[int, Tensor]]:
+    """The parts [P,V] of a window's logits on the CPU, each with its first position, but for those of the last token."""
+    start = 0
+    for part_PV in parts:
+        if start < tokens:
+            yield start, part_PV[: tokens - start].float().cpu()
+        start += len(part_PV)
+
+
+def _draw(logits_PV: Tensor, uniform_P: Tensor, ordinary_V: Tensor) -> Tensor:
+    """[P] int64: one ordinary token each, by the inverse of the distribution function, for one random number each."""
+    unlikely_V = torch.full(logits_PV.shape[1:], -torch.inf)
+    unlikely_V[ordinary_V] = 0.0
+    # on the CPU: sums on a GPU differ from run to run
+    summed_PV = logits_PV.add_(unlikely_V).softmax(-1).cumsum_(-1)
     if not summed_PV[:, -1].isfinite().all():
         raise ModelError(
             "The model predicts NaN, so it cannot write calibration text.",
             why="Its weights are damaged, or it does not work in the type it is computed in.",
-            remedy="Fetch the checkpoint again, or set `calibration.self_generated: 0`.",
+            remedy=f"Fetch the checkpoint again. {_REMEDY}",
         )
     place_P1 = torch.searchsorted(summed_PV, (uniform_P * summed_PV[:, -1])[:, None], right=True)
-    return allowed_V[place_P1[:, 0].clamp_max(len(allowed_V) - 1)]
-
-
-def _check_writes(model: nn.Module) -> None:
-    """Raises `ModelError` unless a model predicts the next token."""
-    check_predicts(model)
-    embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if embeddings is None:
-        raise ModelError(
-            f"{type(model).__name__} has no head that predicts tokens, so it cannot write calibration text.",
-            remedy="Set `calibration.self_generated: 0`, and give text.",
-        )
+    return place_P1[:, 0].clamp_max(int(ordinary_V[-1]))
 
 
 def _ordinary(model: Any) -> Tensor:
-    """[V] int64: the tokens with an embedding that no field of the configuration names as special, and the end of text."""
+    """[V] int64: the tokens read and predicted that no field of the configuration names as special, and the end of text."""
     named: dict[bool, set[int]] = {True: set(), False: set()}
-    for config in (model.config, model.config.get_text_config()):
+    for config in _configs(model.config):
         for name, value in vars(config).items():
             if _SPECIAL.fullmatch(name):
                 values = value if isinstance(value, (list, tuple)) else [value]
                 named[name == _END_OF_TEXT] |= {each for each in values if isinstance(each, int)}
     special = named[False] - named[True]
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = min(len(ends.weight) for ends in (model.get_input_embeddings(), model.get_output_embeddings()))
     return torch.tensor([token for token in range(rows) if token not in special], dtype=torch.int64)
+
+
+def _configs(config: Any) -> tuple[Any, ...]:
+    """A configuration, and that of its text model."""
+    try:
+        return config, config.get_text_config()
+    except (AttributeError, ValueError):  # none, or several
+        return (config,)

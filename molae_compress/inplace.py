@@ -44,8 +44,9 @@ def compress_(
     Args:
         model: a dense transformers model.
         recipe: what to do; `model`, `evaluate` and `gate` are not used.
-        data: calibration texts, or token ids [N,L]; otherwise those that `calibration.data` names. With a recipe without
-            `calibration` there are none, and the fit is data-free.
+        data: calibration texts, or token ids [N,L]; otherwise those that `calibration.data` names, and with
+            `calibration.self_generated: N` none are needed. Token ids count as all the text that was asked for: `auto` adds
+            an eighth to them. With a recipe without `calibration` there are none, and the fit is data-free.
         tokenizer: for texts; otherwise that of `model.name_or_path`.
         progress: called with a stage, what is done of it, and of how much.
 
@@ -68,7 +69,7 @@ def compress_(
     text_NL, data_sha256 = _windows(recipe, model, data, tokenizer)
     run = Run(recipe, source, None, progress=progress or silent)
     if recipe.calibration is not None:
-        # token ids are all that was wanted, unless the recipe says how many the model is to add
+        # as many token ids as were wanted, unless the recipe says how many the model is to add
         asked = recipe.calibration.samples
         if isinstance(data, Tensor) and recipe.calibration.self_generated == "auto":
             asked = len(data)

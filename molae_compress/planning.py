@@ -72,6 +72,8 @@ class Plan:
         activation_bytes: calibration activations of one layer, in memory or spilled to disk.
         disk_bytes: free disk the run needs, work directory included.
         tokens: calibration tokens.
+        self_generated: calibration windows that the model is to write itself, with two more passes over the checkpoint.
+        has_text: whether there are others.
         max_kl: limit by which the ranks are chosen, if the recipe gives one; unless `measured`, those shown are the largest.
         prediction: quality at these ranks; None unless it was measured what it follows from.
         choices: other budgets, with their predictions.
@@ -97,6 +99,8 @@ class Plan:
     choices: tuple[Choice, ...] = ()
     unpredictable: str | None = None
     costs: tuple[Cost, ...] = ()
+    self_generated: int = 0
+    has_text: bool = True
 
     @property
     def dense_parameters(self) -> int:
@@ -183,8 +187,12 @@ class Plan:
             f"{human_bytes(self.activation_bytes)}; free disk {human_bytes(self.disk_bytes)}; "
             f"{self.tokens:,} calibration tokens",
         ]
+        if self.self_generated:
+            own = f"{self.self_generated:,} windows of them are first written by the model, in two more passes over it"
+            lines.append(f"{'':16}{own}")
         if self.prediction is not None:
-            lines.append(f"predicted       {_in_words(self.prediction)}, on text like the calibration text")
+            of = "text like the calibration text" if self.has_text else "text that the model wrote itself"
+            lines.append(f"predicted       {_in_words(self.prediction)}, on {of}")
         if self.unpredictable is not None:
             lines.append(f"no prediction: {self.unpredictable}")
         if self.choices:
@@ -299,6 +307,8 @@ def make_plan(
     routers: bool = False,
     memory_limit: int | None = None,
     max_kl: float | None = None,
+    self_generated: int = 0,
+    has_text: bool = True,
 ) -> Plan:
     """Adds up a whole model.
 
@@ -312,6 +322,7 @@ def make_plan(
         source_bytes: tensors of the checkpoint.
         largest_layer_bytes: one decoder layer without its experts in float32.
         tokens: calibration tokens.
+        self_generated, has_text: see `Plan`.
         measured: see `Plan`.
         most_bytes: what the latent modules may take in all within the budget, if their ranks are not final.
         ends_bytes: what comes before and after the decoder layers (embedding, last norm, head), in float32.
@@ -357,4 +368,6 @@ def make_plan(
         stored_bytes=stored_bytes,
         max_kl=max_kl,
         costs=compare_costs(specs, shapes, dtypes),
+        self_generated=self_generated,
+        has_text=has_text,
     )

@@ -17,7 +17,8 @@ from molae_compress.solver.allocate import Curve, allocate, bought, partition, t
 from molae_compress.solver.spectra import LayerSpectra
 from molae_compress.tensors import AnyShape, BankedShape, LatentShape
 
-# Of the input rank that all experts of a layer would share, with and without calibration: for text that it did not hold.
+# Of the input rank that all experts of a layer would share: for text that calibration did not hold, the more where the model
+# writes none.
 _LEAST = {True: 0.6, False: 0.75}
 
 
@@ -128,7 +129,7 @@ def _in_banks(
         return [[part] for part in whole]
     picks = iter(shared)
     taken = [[next(picks) for _ in part.curves] for part in whole]
-    share = _LEAST[recipe.calibration is not None]
+    share = _LEAST[recipe.calibration is not None and recipe.calibration.writes]
     least = [share * part.curves[0].ranks[each[0]] for part, each in zip(whole, taken, strict=True)]
     tables = [table for each, low in zip(modules, least, strict=True) for table in _tables(recipe, *each, rate, low)]
     spent = bought(tables, amount)

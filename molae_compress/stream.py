@@ -3,14 +3,16 @@
 Kept in memory up to a limit, above it on disk, where every layer's stream is stored before the next layer is computed.
 In memory it is stored only when `CHECKPOINT_SECONDS` have gone by since it was last: carrying tokens through dense layers
 is cheap beside solving, which is stored module by module, so that a killed run loses about the layer it was at, and spends
-no more than that time to get there again. What the last layer gives is never computed.
+no more than that time to get there again. What the last layer gives is computed only for its logits.
 Shape suffixes: N windows (rows in comparisons), B windows of one batch, L tokens of one window, T = N*L, S residual streams;
 the rest as in `tensors`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -277,12 +279,28 @@ def forwarded(source: Source, arguments: LayerArguments, batches: Sequence[Tenso
         what the layers gave for each batch, for `LayerArguments.logits`.
     """
     carried: list[Passed] = [()] * len(batches)
-    for layer, path in enumerate(source.layers.paths):
-        experts = observed(source, [spec for spec in source.specs if source.layers.of(spec.name) == layer], {})
-        inside = {name.removeprefix(f"{path}."): stand_in for name, stand_in in experts.items()}
-        with source.layer(layer) as module:
-            outputs = pass_through(arguments, module, inside, iter(list(zip(batches, carried, strict=True))))
-            for batch, (passed, _) in enumerate(outputs):
-                carried[batch] = passed
+    for layer in range(len(source.layers)):
+        _forward_layer(source, arguments, layer, batches, carried)
+        return_memory()
         progress(layer + 1)
     return carried
+
+
+def _forward_layer(
+    source: Source, arguments: LayerArguments, layer: int, batches: Sequence[Tensor], carried: list[Passed]
+) -> None:
+    """Replaces what the layers before gave for each batch; nothing of the layer outlives the call."""
+    experts = observed(source, [spec for spec in source.specs if source.layers.of(spec.name) == layer], {})
+    inside = {name.removeprefix(f"{source.layers.paths[layer]}."): stand_in for name, stand_in in experts.items()}
+    with source.layer(layer) as module:
+        outputs = pass_through(arguments, module, inside, iter(list(zip(batches, carried, strict=True))))
+        for batch, (passed, _) in enumerate(outputs):
+            carried[batch] = passed
+
+
+def return_memory() -> None:
+    """Hands what a layer took back to the system: glibc keeps it, in pieces that the next layer does not fit into."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

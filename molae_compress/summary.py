@@ -22,10 +22,16 @@ from molae_compress.routers import Trained
 def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> Plan:
     """What the shapes mean for the run's model."""
     source, calibration, quantized = run.source, run.recipe.calibration, run.source.quantized()
-    tokens = 0
-    if calibration is not None:
-        text = calibration.samples if calibration.data is not None else 0
-        tokens = (text + sum(wanted(calibration, text, text))) * calibration.sequence_length
+    tokens = self_generated = 0
+    has_text = True
+    if run.windows_NL is not None:
+        tokens, self_generated = run.windows_NL.numel(), run.generated
+        has_text = self_generated < len(run.windows_NL)
+    elif calibration is not None:
+        # without a source text may be handed over, unless the model is to write it
+        text = calibration.samples if calibration.data is not None or calibration.self_generated == "auto" else 0
+        self_generated = sum(wanted(calibration, text, text))
+        tokens = (text + self_generated) * calibration.sequence_length
     experts = {weight for spec in source.specs for weight in weight_names(source.model, spec.name)}
     by_layer: dict[str, int] = {}
     ends = 0
@@ -48,7 +54,9 @@ def plan_of(run: Run, shapes: Shapes, *, model: str | None, measured: bool) -> P
         dtypes=dtypes,
         source_bytes=source.nbytes(),
         largest_layer_bytes=max(by_layer.values()),
-        tokens=tokens if run.windows_NL is None else run.windows_NL.numel(),
+        tokens=tokens,
+        self_generated=self_generated,
+        has_text=has_text,
         measured=measured,
         most_bytes=most_bytes(run.recipe, compressed, dtypes, copied),
         stored_bytes=quantized[1] if quantized is not None else None,
@@ -103,7 +111,7 @@ def summarise(
         )
     layers = _layer_reports(run, shapes, prediction.layers if prediction is not None else {})
     warnings = warnings_for(layers, used, samples=recipe.calibration.samples if recipe.calibration else None)
-    warnings += plan.warnings()
+    warnings += plan.warnings() + run.notes
     warnings += tuple(
         f"'{path}' looks like routed experts and was left alone: that a router sends tokens to it cannot be told."
         for path in unproven_experts(run.source.model)

@@ -115,6 +115,32 @@ class LayerArguments:
         logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
         return logits
 
+    def some_logits(self, ids_1L: Tensor, passed: Passed, positions: int) -> Iterator[Tensor]:
+        """The same of one window in parts [P,V] of so many positions, so that not all are in memory; or in one part.
+
+        A part takes another call of what comes after the layers. It is one where the model cannot be asked for some logits.
+        """
+        length = ids_1L.shape[1]
+        forward = type(self._model).forward
+        known = forward.__module__.startswith("transformers.")  # elsewhere the name may mean another thing
+        if not known or "logits_to_keep" not in inspect.signature(forward).parameters:
+            positions = length
+        for start in range(0, length, positions):
+            kept = torch.arange(start, min(start + positions, length), device=self._device)
+            asked = {} if len(kept) == length else {"logits_to_keep": kept}
+            with self._stubbed(self._again(passed), lambda *_: None):
+                out = self._model(**model_inputs(self._model, ids_1L.to(self._device)), **asked)
+            logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+            del out
+            if logits.dim() != 3 or logits.shape[:2] != (1, len(kept)):
+                raise ModelError(
+                    f"{type(self._model).__name__} gives figures of shape {tuple(logits.shape)} for {len(kept)} tokens.",
+                    why="These are no predictions of tokens.",
+                    remedy="Set `calibration.self_generated: 0`, and give text.",
+                )
+            yield logits[0]
+            del logits
+
     def _captured(
         self, ids_BL: Tensor, again: list[Given | None], take: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
     ) -> Any:

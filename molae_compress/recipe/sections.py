@@ -57,8 +57,9 @@ class Calibration(Section):
     self_generated: Literal["auto"] | Windows = Field(
         default="auto",
         description="Windows that the model writes itself, beside those of the text: they stand for all text that it knows. "
-        "`auto`: an eighth of `samples`, and as many more, written after the text's own windows, as the text falls short "
-        "of `samples`; none where the model predicts no next token. Without any text a number is needed.",
+        "As many as the text falls short of `samples` are written after its own windows, those beyond that after nothing. "
+        "`auto`: what the text falls short of, and an eighth of `samples`; none where the model predicts no next token. "
+        "Without any text a number is needed. Writing costs two more passes over the model; 0 saves them.",
     )
     weighting: Literal["squared", "linear", "none"] = Field(
         default="squared",
@@ -66,6 +67,11 @@ class Calibration(Section):
         "it, by the weight itself, or the same for all tokens.",
     )
     batch_size: Count = Field(default=8, description="Windows per forward pass: a matter of memory and speed.")
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model is to write part of the text."""
+        return self.self_generated != 0
 
 
 class Basis(Section):

@@ -200,10 +200,9 @@ def _calibration(report: Report) -> str:
         text = "None: the compression was data-free, it looked at the weights alone."
     else:
         sources = ", ".join(f"`{source}`" for source in found.sources) or "text handed over in Python"
-        origin = f"from {sources}" if found.sha256 else "that the model wrote itself"
-        if found.sha256 and found.self_generated:
-            origin += f"; {found.self_generated:,} of them the model wrote itself"
-        text = f"{found.tokens:,} tokens in {found.windows:,} windows {origin}."
+        own = f"{found.self_generated:,} that the model wrote itself" if found.self_generated else ""
+        text = f"{found.windows - found.self_generated:,} from {sources}" if found.sha256 else ""
+        text = f"{found.tokens:,} tokens in {found.windows:,} windows: {' and '.join(part for part in (text, own) if part)}."
         if found.sha256:
             text += f"\n\nSHA-256 of the text: `{found.sha256}`"
     return f"## Calibration text\n\n{text}"

@@ -270,6 +270,8 @@ def warnings_for(
             "(a larger `calibration.samples`, and text for it)."
         )
     text = calibration.windows - calibration.self_generated if calibration is not None else 0
+    if calibration is not None and not text:
+        found.append("The model wrote all calibration text itself: err_h, and what was predicted, hold for such text.")
     if calibration is not None and samples is not None and 0 < text < samples:
         filled = "The model wrote the others itself, which is not as good. " if calibration.windows >= samples else ""
         found.append(

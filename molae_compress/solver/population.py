@@ -22,7 +22,6 @@ Weighting = Literal["squared", "linear", "none"]
 _POOL_TOKENS = 1024  # tokens of the layer that stand in for an expert's missing ones
 ROWS = 2048  # rows sent to the device at a time: bounds the memory of everything that is computed from them
 _NOISE = 4.0  # of the moments of inputs, in units of what n tokens of D features have at least
-_EVEN = 0.2  # of what an expert counts: that of the average one, for text that is routed otherwise
 
 
 class Population(Protocol):
@@ -99,6 +98,7 @@ class Calibrated:
         weighting: how the routing weight g enters: `squared` g^2 (errors of experts uncorrelated), `linear`, `none`.
         shrinkage: kappa of the convex combinations.
         device: where the rows of an expert are sent, and results live.
+        even: share of the average expert in what each counts, for text that is routed otherwise.
     """
 
     x_TH: Tensor
@@ -109,6 +109,7 @@ class Calibrated:
     weighting: Weighting = "squared"
     shrinkage: float = 2.0
     device: torch.device | str = "cpu"
+    even: float = 0.2
 
     def inputs(self, index_N: Tensor) -> Tensor:
         """[N,H]: inputs of some tokens, on the device."""
@@ -155,7 +156,7 @@ class Calibrated:
         weights_E = weights_E.index_add_(0, slots_S, self.slot_weight_TK.reshape(-1))[: self.num_experts]
         if not weights_E.any():
             return torch.full_like(weights_E, 1.0 / self.num_experts)
-        return (1 - _EVEN) * weights_E + _EVEN * weights_E.mean()
+        return (1 - self.even) * weights_E + self.even * weights_E.mean()
 
     @cached_property
     def layer_moments(self) -> Moments:

@@ -159,9 +159,9 @@ def refit_down(w_HI: Tensor, z_NI: Tensor, own_NI: Tensor, p_N: Tensor, ridge: f
 
 
 def importance(samples: Calibrated) -> list[float]:
-    """What the output error of each expert counts: eleven parts its own slots, nine parts those of the average one."""
+    """What the output error of each expert counts: in part its own slots, in part those of the average one."""
     own = [sum(w for _, w in slots_of(samples, [e])) / len(samples.x_TH) for e in range(samples.num_experts)]
-    return [0.8 * weight + 0.2 * sum(own) / len(own) for weight in own]
+    return [(1 - samples.even) * weight + samples.even * sum(own) / len(own) for weight in own]
 
 
 def solve_layer(dense: DenseExperts, samples: Calibrated, shape: LatentShape, fit: Fit) -> tuple[Tensor, Tensor]:
