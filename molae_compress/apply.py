@@ -46,8 +46,8 @@ from molae_compress.conditions import check_gate, check_room, clear_finished, fi
 from molae_compress.errors import RecipeError
 from molae_compress.evaluation import check_predicts, evaluate_as
 from molae_compress.finetuning import finetune
+from molae_compress.generation import FOLLOWS_FROM, begin_windows, write_windows
 from molae_compress.generation import STAGE as TEXT
-from molae_compress.generation import begin_windows, write_windows
 from molae_compress.modeling.quantizer import installed_version
 from molae_compress.planning import Plan
 from molae_compress.prediction import Prediction
@@ -66,8 +66,6 @@ from molae_compress.source import DiskSource, check_tokens, choose_device, load_
 from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.summary import plan_of, summarise
 from molae_compress.tuning.inputs import check_before
-
-_WRITTEN_BY = ("calibration.seed", "calibration.self_generated", "calibration.batch_size")
 
 
 def plan(
@@ -313,7 +311,7 @@ class _Job:
         tried = ("refit", "heal.block_steps", "output.dtype", "budget.align", "budget.allocate", "budget.banks")
         probed = observed | {key: value for key, value in keys.items() if key.startswith(tried)}
         return {
-            TEXT: base | {key: keys[key] for key in keys if key in _WRITTEN_BY},
+            TEXT: base | {key: keys[key] for key in keys if key in FOLLOWS_FROM},
             OBSERVE: base | observed,
             PROBE: base | probed,
             SOLVE: base | solved,

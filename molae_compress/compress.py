@@ -18,6 +18,7 @@ from torch import Tensor
 
 from molae_compress.budget import Shapes, shapes_for, with_keep
 from molae_compress.calibration.observed import RoutedTokens
+from molae_compress.calibration.text import set_aside
 from molae_compress.checkpoint import WorkDirectory
 from molae_compress.effect import Effect, LatentRun
 from molae_compress.ranks import has_clusters, template, tries_pairs
@@ -36,14 +37,8 @@ Progress = Callable[[str, int, int], None]
 OBSERVE, SOLVE = "observe", "solve"
 _MOST = 0.99  # of its parameters, that a compressed model may keep
 _NEWTON = 8  # conjugate gradients: most of what many would find
-_HELD_OUT = 16  # one calibration window in this many measures errors and takes no part in the fit
 # Of what an expert counts, that of the average one: for text that is routed otherwise, the more where the model writes none.
 _EVEN = {True: 0.2, False: 0.45}
-
-
-def set_aside(windows: int) -> int:
-    """How many of so many windows only measure errors."""
-    return max(1, windows // _HELD_OUT)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -106,8 +101,7 @@ class Run:
         recipe: what to do.
         source: the dense model.
         windows_NL: calibration token ids, or None to fit without data.
-        written: which windows the model writes itself (`generation`).
-        unwritten: whether it has yet to.
+        written, unwritten: which windows the model writes itself (`generation`), and whether it has yet to.
         notes: what a reader of the report should know of them.
         work: where finished layers go, or None to keep them in memory.
         memory_limit: bytes of calibration activations that may stay in memory; None is no limit.

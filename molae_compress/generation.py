@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molae_compress.calibration.text import set_aside
 from molae_compress.calibration.walk import LayerArguments, has_decoder
-from molae_compress.compress import Run, set_aside
+from molae_compress.compress import Run
 from molae_compress.errors import DataError, ModelError
 from molae_compress.evaluation import check_predicts
 from molae_compress.recipe.sections import Calibration
@@ -26,6 +27,7 @@ from molae_compress.stream import STAGE as HIDDEN
 from molae_compress.stream import ResidualStream, observed, return_memory
 
 STAGE = "text"  # of the work directory
+FOLLOWS_FROM = ("calibration.seed", "calibration.self_generated", "calibration.batch_size")  # beside tokens and model
 ROUNDS = 2
 _SHARE = 8  # one window in so many beside those of the text
 _POSITIONS = 128  # whose predictions are in memory at a time, where the model can be asked for some of them

@@ -190,7 +190,7 @@ def test_another_budget_does_not_resume_silently(
     killed_while_solving(recipe_for(source), out)
     before = hashes(tmp_path)
     other = recipe_for(source, "budget.keep=0.5")
-    with pytest.raises(ResumeError, match=r"budget\.keep: 0\.6 -> 0\.5.*--fresh.*observe, probe would be kept"):
+    with pytest.raises(ResumeError, match=r"budget\.keep: 0\.6 -> 0\.5.*--fresh.*observe, probe, text would be kept"):
         molae.run(other, out)
     assert hashes(tmp_path) == before
     molae.run(other, out, fresh=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_AT_ONCE = 64
+_HELD_OUT = 16  # one calibration window in this many
 
 
 def read_texts(data: Sequence[str], column: str) -> list[list[str]]:
@@ -83,6 +84,11 @@ def fair_choice(available: Sequence[Tensor], samples: int, seed: int | None) -> 
     chosen = [rows[chance.sample(range(len(rows)), share)] for rows, share in zip(available, shares, strict=True)]
     together = torch.cat(chosen)
     return together[chance.sample(range(len(together)), len(together))]
+
+
+def set_aside(windows: int) -> int:
+    """How many of so many calibration windows only measure errors, and take no part in the fit."""
+    return max(1, windows // _HELD_OUT)
 
 
 def as_windows(
