@@ -155,22 +155,29 @@ def test_in_sixteen_bits_only_the_last_rounding_is_lost(way: str, artifact: Arti
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values() if tensor.is_floating_point()} == {
         torch.bfloat16
     }
-    assert distance(logits(loaded(tmp_path / "out")), watch.logits) < 0.03
+    tuned = logits(loaded(tmp_path / "out"))
+    apart = sorted((tuned - watch.logits).abs().amax(-1).flatten().tolist())
+    assert apart[-2] < 0.005 * float(tuned.abs().max())  # rounding may send a token to another expert
     settings["finetune"]["precision"] = "bfloat16"
     report = molae.finetune(before, settings, tmp_path / "in-16", callbacks=[watch])
     assert report.finetuned[-1]["loss_after"] != report.finetuned[-1]["loss_before"]
     assert distance(logits(loaded(tmp_path / "in-16")), logits(loaded(tmp_path / "out"))) < 0.1
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_files(artifact: Artifacts, text: Path, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_and_ends_with_the_same_files(
+    artifact: Artifacts, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molae_compress.tuning.training._FAR", 10.0)  # rates are taken in part
     before = artifact("qwen3_moe", "layer")
     settings = asked(text, **ways_for("qwen3_moe", "all"), teacher="cached", checkpoint_steps=2, epochs=2)
+    settings["finetune"]["learning_rate"] = "auto"
     molae.finetune(before, settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         molae.finetune(before, settings, tmp_path / "killed", callbacks=[Stops(3)])
     assert not (tmp_path / "killed").exists()
     seen: list[tuple[str, int, int]] = []
-    molae.finetune(before, settings, tmp_path / "killed", progress=lambda *told: seen.append(told))
+    report = molae.finetune(before, settings, tmp_path / "killed", progress=lambda *told: seen.append(told))
+    assert report.finetuned[-1]["loss_before"] == Report.load(tmp_path / "whole").finetuned[-1]["loss_before"]
     assert [done for stage, done, _ in seen if stage == "finetune"] == [3, 4, 5, 6]
     assert same_every_time(tmp_path / "killed") == same_every_time(tmp_path / "whole")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from molae_compress.errors import CheckpointError, ModelError, RecipeError
 from molae_compress.recipe.sections import Finetune
@@ -111,12 +115,33 @@ def arguments_for(settings: Finetune, folder: Path, *, bfloat16: bool, on_cpu: b
         "label_names": ["labels"],
     }
     try:
-        return TrainingArguments(output_dir=str(folder), **{**chosen, **settings.trainer})
+        arguments = TrainingArguments(output_dir=str(folder), **{**chosen, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(
             f"transformers refuses the arguments of `finetune.trainer` ({str(error).splitlines()[0]}).",
             remedy="Change them.",
         ) from error
+    _check_sharding(arguments)
+    return arguments
+
+
+def _check_sharding(arguments: TrainingArguments) -> None:
+    """Raises `RecipeError` for FSDP as it is not done here."""
+    config: Any = arguments.fsdp_config
+    version = int(config.get("version", 2)) if arguments.fsdp else None
+    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = int(os.environ.get("FSDP_VERSION", "1"))  # by the flags of `accelerate launch`
+    if version == 1:
+        raise RecipeError(
+            "FSDP of version 1 cannot train what is put onto a model here.",
+            why="It takes adapters apart from the modules that read them, which then find parts of tensors.",
+            remedy="Use `fsdp_config: {version: 2}` in `finetune.trainer`, or `accelerate launch --fsdp_version 2`.",
+        )
+    if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise RecipeError(
+            "`finetune.trainer.fsdp` divides the model among processes, and there is one.",
+            remedy="Start several with `accelerate launch`, or remove it.",
+        )
 
 
 class FinetuneTrainer(Trainer):
@@ -130,6 +155,7 @@ class FinetuneTrainer(Trainer):
         objective: what is minimised.
         teacher: the original; None without a part in the objective.
         rates: of every trained parameter, by its name in `tuned`.
+        share: of these rates that is taken, given the loss before the first step on the examples set aside; None for all.
         callbacks: of the caller.
     """
 
@@ -143,6 +169,7 @@ class FinetuneTrainer(Trainer):
         objective: Objective,
         teacher: Teacher | None,
         rates: Mapping[str, float],
+        share: Callable[[float], float] | None,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -151,8 +178,10 @@ class FinetuneTrainer(Trainer):
             data_collator=collated,
             train_dataset=examples,
             eval_dataset=aside if len(aside) else None,
-            callbacks=[_FiniteGradients(self), *callbacks],
+            callbacks=[_FiniteGradients(self), _Before(self, share), *callbacks],
         )
+        if self.is_fsdp_enabled:  # all processes have read the weights; handing them on knows nothing of buffers
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.remove_callback(PrinterCallback)
         self.objective: Objective = objective
         self.teacher: Teacher | None = teacher
@@ -179,6 +208,20 @@ class FinetuneTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    @property
+    def loss_before(self) -> float | None:
+        """On the examples set aside, before the first step; a training that goes on after a checkpoint remembers it."""
+        found = (entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry)
+        return next(found, None)
+
+    def take_share(self, share: float) -> None:
+        """Makes all rates smaller, before the first step."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"], group["initial_lr"] = share * group["lr"], share * group["initial_lr"]
+        scheduler: Any = self.lr_scheduler
+        scheduler.base_lrs = [share * rate for rate in scheduler.base_lrs]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One with a group of parameters for each rate."""
         if self.optimizer is None:
@@ -204,9 +247,13 @@ class FinetuneTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One step forward and back; raises `Diverged` where the loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss).all():
+        if not self.everywhere(bool(torch.isfinite(loss).all())):
             raise self.diverged("The loss")
         return loss
+
+    def everywhere(self, finite: bool) -> bool:
+        """Whether it is so in all processes, which then stop together where it is not."""
+        return bool(self.accelerator.gather(torch.tensor([float(finite)], device=self.args.device)).all())
 
     def diverged(self, found: str) -> Diverged:
         """What to raise for a figure that is not finite."""
@@ -222,24 +269,33 @@ class FinetuneTrainer(Trainer):
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         with _whole_or_not(folder, self.folder):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / WHOLE).touch()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what is trained; under FSDP it is gathered first, in whatever form transformers keeps states."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        gathered: dict[str, Any] = get_model_state_dict(self.tuned, options=options)
+        self._save(output_dir, gathered)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir) if output_dir else self.folder
         folder.mkdir(parents=True, exist_ok=True)
         named = {name: p for name, p in self.tuned.named_parameters() if p.requires_grad}
-        # under FSDP the gathered tensors are handed over, else they are here
+        # under FSDP the whole tensors are handed over, else they are here
         given = {_WRAPPERS.sub("", name): tensor for name, tensor in (state_dict or named).items()}
         names = [_WRAPPERS.sub("", name) for name in named]
         save_file({name: given[name].detach().cpu().contiguous() for name in names}, folder / TRAINED)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trained(self.tuned, Path(resume_from_checkpoint) / TRAINED)
+        load_trained(self.tuned, Path(resume_from_checkpoint) / TRAINED)
 
 
 class _FiniteGradients(TrainerCallback):
@@ -254,10 +310,31 @@ class _FiniteGradients(TrainerCallback):
         """Raises `Diverged`; scaled gradients of 16 bits may overflow, and their scaler leaves such a step out itself."""
         if getattr(self._trainer.accelerator, "scaler", None) is not None:
             return
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        gradients = [_held(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
         norms = torch._foreach_norm(gradients) if gradients else ()
-        if not all(bool(torch.isfinite(norm).all()) for norm in norms):
+        finite = all(bool(torch.isfinite(norm)) for norm in norms)
+        if not self._trainer.everywhere(finite):
             raise self._trainer.diverged("The gradient")
+
+
+class _Before(TrainerCallback):
+    """Measures the loss before the first step, when the model is prepared for training.
+
+    Not earlier: accelerate takes a model that was prepared for an evaluation alone as prepared for everything, and several
+    processes would each train a model of their own.
+    """
+
+    def __init__(self, trainer: FinetuneTrainer, share: Callable[[float], float] | None) -> None:
+        self._trainer = trainer
+        self._share = share
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the first step, and not when a training goes on."""
+        if state.global_step or self._trainer.eval_dataset is None:
+            return
+        before = self._trainer.evaluate()["eval_loss"]
+        if self._share is not None:
+            self._trainer.take_share(self._share(before))
 
 
 class Told(TrainerCallback):
@@ -291,7 +368,20 @@ def load_trained(tuned: nn.Module, path: Path) -> None:
         )
     with torch.no_grad():
         for name, tensor in stored.items():
-            named[name].copy_(tensor)
+            named[name].copy_(_part_of(tensor, named[name]))
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor, divided among the processes as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

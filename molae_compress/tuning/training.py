@@ -75,11 +75,9 @@ class Training:
             objective=Objective(self.settings.kl_weight, self.settings.language_weight),
             teacher=self._teacher(kept, arguments.device),
             rates=rates(tuned, self.chosen, None if asked == "auto" else asked),
+            share=self._share_of_rates if asked == "auto" else None,
             callbacks=[Told(self.progress), *callbacks],
         )
-        before = trainer.evaluate()["eval_loss"] if len(aside) else None
-        if asked == "auto":
-            trainer.rates = {name: rate * self._share_of_rates(before) for name, rate in trainer.rates.items()}
         last = last_checkpoint(trainer.folder)
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
         after = trainer.evaluate()["eval_loss"] if len(aside) else None
@@ -88,11 +86,11 @@ class Training:
             "steps": trainer.state.global_step,
             "tokens": round(learned.learned * (trainer.state.epoch or 0.0)),
             "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-            "loss_before": before,
+            "loss_before": trainer.loss_before,
             "loss_after": after,
         }
 
-    def _share_of_rates(self, before: float | None) -> float:
+    def _share_of_rates(self, before: float) -> float:
         """Of the rates of `auto`: the nearer a model is to the original, the smaller are the steps that bring it nearer.
 
         The divergence grows with the square of the distance. Steps of the same size at a tenth of it lead away.
@@ -100,7 +98,7 @@ class Training:
         Args:
             before: loss on the examples set aside.
         """
-        if before is None or self.settings.language_weight:
+        if self.settings.language_weight:
             return 1.0
         return min(1.0, math.sqrt(max(0.0, before) / self.settings.kl_weight / _FAR))
 
