@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +21,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import ParallelMode
 
 from molae_compress.errors import CheckpointError, ModelError, RecipeError
 from molae_compress.recipe.sections import Finetune
 from molae_compress.tuning.examples import IGNORED, Examples, collated
 from molae_compress.tuning.objective import Objective
+from molae_compress.tuning.sharding import check_sharding, held, part_of, whole_tensors
 from molae_compress.tuning.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -121,27 +118,8 @@ def arguments_for(settings: Finetune, folder: Path, *, bfloat16: bool, on_cpu: b
             f"transformers refuses the arguments of `finetune.trainer` ({str(error).splitlines()[0]}).",
             remedy="Change them.",
         ) from error
-    _check_sharding(arguments)
+    check_sharding(arguments)
     return arguments
-
-
-def _check_sharding(arguments: TrainingArguments) -> None:
-    """Raises `RecipeError` for FSDP as it is not done here."""
-    config: Any = arguments.fsdp_config
-    version = int(config.get("version", 2)) if arguments.fsdp else None
-    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        version = int(os.environ.get("FSDP_VERSION", "1"))  # by the flags of `accelerate launch`
-    if version == 1:
-        raise RecipeError(
-            "FSDP of version 1 cannot train what is put onto a model here.",
-            why="It takes adapters apart from the modules that read them, which then find parts of tensors.",
-            remedy="Use `fsdp_config: {version: 2}` in `finetune.trainer`, or `accelerate launch --fsdp_version 2`.",
-        )
-    if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise RecipeError(
-            "`finetune.trainer.fsdp` divides the model among processes, and there is one.",
-            remedy="Start several with `accelerate launch`, or remove it.",
-        )
 
 
 class FinetuneTrainer(Trainer):
@@ -278,9 +256,7 @@ class FinetuneTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        gathered: dict[str, Any] = get_model_state_dict(self.tuned, options=options)
-        self._save(output_dir, gathered)
+        self._save(output_dir, whole_tensors(self.tuned))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -310,7 +286,7 @@ class _FiniteGradients(TrainerCallback):
         """Raises `Diverged`; scaled gradients of 16 bits may overflow, and their scaler leaves such a step out itself."""
         if getattr(self._trainer.accelerator, "scaler", None) is not None:
             return
-        gradients = [_held(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
+        gradients = [held(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
         norms = torch._foreach_norm(gradients) if gradients else ()
         finite = all(bool(torch.isfinite(norm)) for norm in norms)
         if not self._trainer.everywhere(finite):
@@ -368,20 +344,7 @@ def load_trained(tuned: nn.Module, path: Path) -> None:
         )
     with torch.no_grad():
         for name, tensor in stored.items():
-            named[name].copy_(_part_of(tensor, named[name]))
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor, divided among the processes as a parameter is."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh = parameter.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+            named[name].copy_(part_of(tensor, named[name]))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
