@@ -76,7 +76,7 @@ ABLATIONS = {
     "refit.sequential=true": "calibrated on what compressed layers deliver",
     "calibration.weighting=linear": "tokens weighted by the routing weight, not its square",
     "calibration.weighting=none": "tokens not weighted by the routing",
-    "calibration.self_generated=0": "no windows that the model wrote itself",
+    "calibration.self_generated=0": "no windows that the model wrote itself, and stronger guards instead",
     "calibration.self_generated=64": "twice as many of them",
     "calibration=null": "no calibration",
 }
