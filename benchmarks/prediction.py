@@ -28,7 +28,7 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """CPU seconds of the prediction and of runs that start from it, and a row for every budget."""
     calibration = {"data": args.calibration, "samples": args.samples, "sequence_length": args.sequence_length}
     recipe = molae.Recipe.load({"molae": 1, "model": str(args.model), "calibration": calibration}, args.overrides)
-    work, spent = folder / "work", {"observe": 0.0, "probe": 0.0}
+    work, spent = folder / "work", {"text": 0.0, "observe": 0.0, "probe": 0.0}
     last = time.process_time()
 
     def watch(stage: str, done: int, total: int) -> None:
