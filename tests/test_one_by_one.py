@@ -100,7 +100,8 @@ def test_they_are_calibrated() -> None:
     dense = logits(model)
     recipe = {**HALF, "calibration": {"samples": 40, "sequence_length": 24}, "refit": {"sequential": True}}
     report = compress_(model, recipe, data=tiny_ids(40, 24))
-    assert [sum(layer.tokens_per_expert) for layer in report.layers] == [40 * 24 * TOP_K] * 2
+    # and an eighth more, which the model wrote
+    assert [sum(layer.tokens_per_expert) for layer in report.layers] == [45 * 24 * TOP_K] * 2
     compress_(blind, HALF)
     assert (logits(model) - dense).square().mean() < (logits(blind) - dense).square().mean()
 
