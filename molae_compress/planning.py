@@ -188,7 +188,7 @@ class Plan:
             f"{self.tokens:,} calibration tokens",
         ]
         if self.self_generated:
-            own = f"{self.self_generated:,} windows of them are first written by the model, in two more passes over it"
+            own = f"{self.self_generated:,} windows of them are written by the model first, in two more passes over the checkpoint"
             lines.append(f"{'':16}{own}")
         if self.prediction is not None:
             of = "text like the calibration text" if self.has_text else "text that the model wrote itself"

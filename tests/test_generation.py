@@ -251,7 +251,7 @@ def test_a_measured_plan_and_other_budgets_share_what_was_written(
 ) -> None:
     folder, options = checkpoint(FAMILY), {"work_dir": tmp_path / "work"}
     recipe = recipe_for(folder, "calibration.self_generated=6", "budget.keep=0.6")
-    assert "6 windows of them are first written by the model" in str(molae.plan(recipe, measured=True, **options))
+    assert "6 windows of them are written by the model first" in str(molae.plan(recipe, measured=True, **options))
 
     def again(*_: Any) -> None:
         pytest.fail("windows were written again")
