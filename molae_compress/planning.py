@@ -188,8 +188,8 @@ class Plan:
             f"{self.tokens:,} calibration tokens",
         ]
         if self.self_generated:
-            own = f"{self.self_generated:,} windows of them are written by the model first, in two more passes over the checkpoint"
-            lines.append(f"{'':16}{own}")
+            own = f"{self.self_generated:,} windows of them are written by the model first"
+            lines.append(f"{'':16}{own}, in two more passes over the checkpoint")
         if self.prediction is not None:
             of = "text like the calibration text" if self.has_text else "text that the model wrote itself"
             lines.append(f"predicted       {_in_words(self.prediction)}, on {of}")
